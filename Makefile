@@ -1,0 +1,47 @@
+# Every target sets up .venv first, once: a second run installs nothing.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+export PYTHONSAFEPATH := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: demo test test-all check format bench gpu-check clean
+
+demo: $(READY)
+	$(BIN)/dit-sparse generate --compare-dense --output outputs/demo.mp4 --report outputs/demo-report.json
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not gpu and not full"
+
+test-all: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not gpu"
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@# mypy does not follow package-dir: show it the packages where they are imported.
+	mkdir -p build/typecheck/dit_sparse
+	for f in $(CURDIR)/dit_sparse/*; do ln -sfn $$f build/typecheck/dit_sparse/$$(basename $$f); done
+	for d in kernels pipelines eval; do ln -sfn $(CURDIR)/$$d build/typecheck/dit_sparse/$$d; done
+	cd build/typecheck && MYPYPATH=. $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p dit_sparse
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python -m dit_sparse.kernels.bench
+
+# For whoever has a GPU: its tests and benchmarks in one command.
+gpu-check: $(READY)
+	$(BIN)/pytest -m gpu
+	mkdir -p outputs
+	$(BIN)/python -m dit_sparse.kernels.bench --device cuda | tee outputs/gpu-bench.csv
+
+clean:
+	rm -rf build dist outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(READY): pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,eval,dev]"
+	touch $(READY)

@@ -1,0 +1,657 @@
+"""Attaching a method to an unmodified diffusers model, and taking it out again.
+
+A session owns every piece of state: what each layer and branch remembers, the clock, the report. It replaces
+the processors of the layers over the token grid by redirected ones (see ``redirect.py``), and reads grid,
+step and branch from the model's own arguments in one forward pre-hook per transformer.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from inspect import Signature, signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dit_sparse.clock import Clock, Tick
+from dit_sparse.core import Attachment, Redirected
+from dit_sparse.kernels.ops import BACKENDS, resolve_backend
+from dit_sparse.layout import TokenLayout
+from dit_sparse.method import Call, Layer, SparseProcessor
+from dit_sparse.order import fill_counts
+from dit_sparse.pipelines import Family, family_of
+from dit_sparse.plan import Plan
+from dit_sparse.report import Record, Report, Where
+from dit_sparse.schedule import Phase, Schedule
+
+
+@dataclass(eq=False)
+class Part:
+    """One transformer of a session: Wan2.2 has two."""
+
+    name: str
+    model: nn.Module
+    family: Family
+    arguments: Signature
+    anchors: int
+    layers: list[Attachment] = field(default_factory=list)
+    forward: Forward | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """One forward pass of a transformer: written by its pre-hook, read by every layer's core.
+
+    ``replays`` marks the recomputation of a forward under gradient checkpointing: it takes the plans and
+    memories of the first pass, and is not counted.
+    """
+
+    grid: TokenLayout
+    tick: Tick
+    replays: bool = False
+    masks: dict[int, Tensor | str] = field(default_factory=dict)
+    plans: dict[Any, Plan] = field(default_factory=dict)
+    caches: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+class _Hook:
+    """The root forward pre-hook. It marks a model as attached; pickles carry an empty one instead."""
+
+    def __init__(self, session: Session, part: Part) -> None:
+        self.session, self.part = session, part
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.session._begin(self.part, args, kwargs)
+
+    def __reduce__(self) -> Any:
+        return _NoHook, ()
+
+
+class _NoHook:
+    def __call__(self, *_: Any) -> None:
+        return None
+
+
+class _Checkpoint:
+    """Wraps a model's gradient checkpointing function: what is recomputed is the forward it belongs to."""
+
+    def __init__(self, part: Part, stock: Callable[..., Any]) -> None:
+        self.part, self.stock = part, stock
+
+    def __call__(self, module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        part, forward, calls = self.part, self.part.forward, 0
+
+        def run(*inner: Any, **named: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 1 or forward is None:
+                return module(*inner, **named)
+            current, part.forward = part.forward, replace(forward, replays=True)
+            try:
+                return module(*inner, **named)
+            finally:
+                part.forward = current
+
+        return self.stock(run, *args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return copy.copy, (self.stock,)
+
+
+class Session:
+    """A method attached to the transformers of one pipeline: made by :func:`apply`.
+
+    Use :meth:`report` after a run and :meth:`remove` to restore the model; as a context manager it removes
+    itself.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        models: Mapping[str, nn.Module],
+        method: SparseProcessor | Mapping[str, SparseProcessor],
+        *,
+        schedule: Schedule | str | None,
+        density: float | None,
+        backend: str,
+        strict: bool,
+        seed: int,
+    ) -> None:
+        self.method = method
+        self.density = density
+        self.strict = strict
+        self.seed = seed
+        self.backend = backend
+        self.full_plan_is_dense = True
+        """Whether an all-kept static plan takes the model's own dense call (reported as "full plan")."""
+        families = {name: family_of(model) for name, model in models.items()}
+        default = next(iter(families.values())).schedule
+        self.schedule = Schedule.parse(default if schedule is None else schedule)
+        self.parts: list[Part] = []
+        self._clock = Clock(pipe)
+        self._records: dict[Where, Record] = {}
+        self._memory: dict[tuple[Attachment, str], dict[str, Any]] = {}
+        self._made: dict[tuple[Any, ...], Any] = {}
+        self._backends: dict[torch.device, tuple[str, str]] = {}
+        self._warned = False
+        self._undo: list[Callable[[], object]] = []
+        try:
+            for name, model in models.items():
+                self._attach(name, model, families[name])
+        except BaseException:
+            self.remove()
+            raise
+
+    def report(self) -> Report:
+        """What ran since the last run of the pipeline began. Reading it synchronises the device, once."""
+        backends = [f"{name} on {device} ({why})" for device, (name, why) in self._backends.items()]
+        about = {
+            "method": repr(self.method) if isinstance(self.method, SparseProcessor) else "one per layer",
+            "schedule": str(self.schedule),
+            "backend": ", ".join(backends) or self.backend,
+        }
+        if self.density is not None:
+            about["requested density"] = f"{self.density:g}"
+        return Report.read(self._records, about)
+
+    def remove(self) -> None:
+        """Put every stock processor back. The model computes what it did before, bit for bit.
+
+        The report stays readable. Removing twice does nothing.
+        """
+        while self._undo:
+            self._undo.pop()()
+        self.parts.clear()
+        self._memory.clear()
+        self._made.clear()
+
+    @property
+    def active(self) -> bool:
+        """Whether the session is attached."""
+        return bool(self.parts)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        layers = sum(len(part.layers) for part in self.parts)
+        return f"Session({self.method!r}, schedule={str(self.schedule)!r}, layers={layers})"
+
+    def sparse_modules(self) -> dict[str, nn.Module]:
+        """The methods' trainable parts by ``transformer/layer path``."""
+        return {
+            f"{part.name}/{at.layer.name}": at.module.sparse_branch  # type: ignore[misc]
+            for part in self.parts
+            for at in part.layers
+            if "sparse_branch" in at.module._modules
+        }
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write the trainable parts: ``sparse_modules.safetensors`` and ``sparse_config.json``."""
+        modules = self.sparse_modules()
+        if not modules:
+            raise ValueError(f"{self.method!r} has no trainable parts to save")
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            f"{n}.{k}": v.contiguous().cpu() for n, m in modules.items() for k, v in m.state_dict().items()
+        }
+        config = {"format": 1, "method": repr(self.method), "modules": sorted(modules)}
+        save_file(state, folder / "sparse_modules.safetensors.part")
+        (folder / "sparse_config.json.part").write_text(json.dumps(config, indent=1))
+        for name in ("sparse_modules.safetensors", "sparse_config.json"):
+            (folder / f"{name}.part").replace(folder / name)
+
+    def load_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Read what :meth:`save_pretrained` wrote.
+
+        Raises:
+            ValueError: Keys are missing or unexpected; nothing is loaded then.
+        """
+        state = load_file(Path(directory) / "sparse_modules.safetensors")
+        modules = self.sparse_modules()
+        wanted = {f"{n}.{k}" for n, m in modules.items() for k in m.state_dict()}
+        if wanted != set(state):
+            missing, unexpected = sorted(wanted - set(state)), sorted(set(state) - wanted)
+            raise ValueError(
+                f"{directory} does not fit {self.method!r}: missing {missing}, unexpected {unexpected}"
+            )
+        for name, module in modules.items():
+            own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+            module.load_state_dict(own)
+
+    def _attach(self, name: str, model: nn.Module, family: Family) -> None:
+        part = Part(name, model, family, signature(type(model).forward), family.anchors(model))
+        self.parts.append(part)
+        uncovered = []
+        for path, index, count in family.layers(model):
+            method = self.method.get(f"{path}.processor") if isinstance(self.method, Mapping) else self.method
+            if method is None:
+                continue
+            module: Any = model.get_submodule(path)
+            layer = Layer(index, path, count, module.heads, module.to_q.out_features // module.heads)
+            at = Attachment(self, part, layer, module, method, module.processor)
+            if not at.redirect():
+                uncovered.append(f"{path} ({type(at.stock).__name__})")
+                continue
+            part.layers.append(at)
+            self._undo.append(at.restore)
+            branch = method.module(layer)
+            if branch is not None:
+                weight = module.to_q.weight
+                module.sparse_branch = branch.to(
+                    weight.device, weight.dtype if weight.is_floating_point() else None
+                )
+                self._undo.append(partial(module._modules.pop, "sparse_branch"))
+        if uncovered:
+            raise ValueError("no attention call to redirect was found in " + ", ".join(uncovered))
+        hook = model.register_forward_pre_hook(_Hook(self, part), with_kwargs=True)
+        self._undo.append(hook.remove)
+
+        def deepcopy(memo: dict[int, Any]) -> nn.Module:
+            with self._standing_aside(part):
+                return copy.deepcopy(model, memo)
+
+        for attribute, shadow in {**self._clock.listen(model), "__deepcopy__": deepcopy}.items():
+            model.__dict__[attribute] = shadow
+            self._undo.append(partial(model.__dict__.pop, attribute))
+
+    @contextmanager
+    def _standing_aside(self, part: Part) -> Iterator[None]:
+        """The model as if stock, while it is copied. Redirected processors copy as stock by themselves."""
+        model: Any = part.model
+        shadows = {n: model.__dict__.pop(n) for n in _SHADOWS if n in model.__dict__}
+        registries = [model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs]
+        hooks = [registry.copy() for registry in registries]
+        for key, hook in hooks[0].items():
+            if isinstance(hook, _Hook):
+                for registry in registries:
+                    registry.pop(key, None)
+        branches = [(at.module._modules, at.module._modules.pop("sparse_branch", None)) for at in part.layers]
+        checkpoints = [(m, f) for m, f in _checkpointing(model) if isinstance(f, _Checkpoint)]
+        for module, function in checkpoints:
+            module._gradient_checkpointing_func = function.stock
+        try:
+            yield
+        finally:
+            model.__dict__.update(shadows)
+            for registry, saved in zip(registries, hooks, strict=True):
+                registry.update(saved)
+            for modules, branch in branches:
+                if branch is not None:
+                    modules["sparse_branch"] = branch
+            for module, function in checkpoints:
+                module._gradient_checkpointing_func = function
+
+    def _begin(self, part: Part, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """At the start of every forward pass of a transformer."""
+        arguments = part.arguments.bind(part.model, *args, **kwargs).arguments
+        grid = part.family.layout(part.model, arguments)
+        tick = self._clock.tick(arguments, grid, part.family.branches)
+        if tick.first:
+            self._records.clear()
+            self._look_for_drift()
+        if tick.first or tick.step is None:
+            # Without a clock nothing tells one run from the next, so nothing is remembered between forwards.
+            self._memory.clear()
+        if tick.step is None and self.schedule.needs_steps and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{type(part.model).__name__} was called outside a pipeline run this session knows, so the "
+                f"step rules of the schedule {str(self.schedule)!r} are off; attach with "
+                "dit_sparse.apply(pipe, ...) and call the pipeline to have them",
+                stacklevel=2,
+            )
+        part.forward = Forward(grid, tick)
+        if torch.is_grad_enabled():
+            for module, function in _checkpointing(part.model):
+                if not isinstance(function, _Checkpoint):
+                    module._gradient_checkpointing_func = wrapper = _Checkpoint(part, function)
+                    self._undo.append(partial(_unwrap, module, wrapper))
+
+    def _look_for_drift(self) -> None:
+        for part in self.parts:
+            lost = [at.layer.name for at in part.layers if at.module.processor is not at.processor]
+            if lost:
+                warnings.warn(
+                    f"{len(lost)} of {len(part.layers)} layers no longer have the processor they were given "
+                    f"({lost[0]}, ...) and run what replaced it; attach again to have them sparse",
+                    stacklevel=3,
+                )
+
+    def route(
+        self,
+        at: Attachment,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        odd: bool,
+    ) -> Tensor | None:
+        """One attention call: the sparse result [B, H, S, D], or None when the model's own call is to run."""
+        forward = at.part.forward
+        if forward is None:
+            raise ValueError(
+                f"{at.layer.name} was called on its own: its transformer's forward tells the grid"
+            )
+        layout, valid, reason = self._understand(at, forward, q, k, mask, odd)
+        if layout is None:
+            if self.strict:
+                raise ValueError(f"{at.layer.name} cannot run sparse: {reason}")
+            return self._left_dense(at, forward, q, k, None, reason)
+        tick = forward.tick
+        phase = self.schedule.phase(tick.step, tick.steps, at.layer.index, at.layer.count)
+        if phase is Phase.DENSE:
+            return self._left_dense(at, forward, q, k, valid, "schedule")
+        method = at.method
+        if self.density is not None:
+            density = self.density
+            method = self._once((method, layout), lambda: at.method.at_density(density, layout))
+        call = self._call(at, forward, layout, phase, q, k, valid, scale)
+        order = self._once(self._key("order", method, call, q), lambda: method.order(call).to(q.device))
+        call = call.at(order=order)
+        if self.full_plan_is_dense and method.is_static and type(method).attend is SparseProcessor.attend:
+            plan = method.planned(q, k, call)
+            if self._once(self._key("full", method, call, q), lambda: _is_full(plan)):
+                return self._left_dense(at, forward, q, k, valid, "full plan")
+        out = order.undo(method.attend(order.apply(q), order.apply(k), order.apply(v), call))
+        if torch.is_grad_enabled() and not forward.replays:
+            forward.caches[id(at)] = dict(call.cache)
+        return out
+
+    def _understand(
+        self, at: Attachment, forward: Forward, q: Tensor, k: Tensor, mask: Tensor | None, odd: bool
+    ) -> tuple[TokenLayout | None, Tensor | None, str]:
+        """(layout, key validity, "") of a call a method can honour, or (None, None, why not)."""
+        if odd:
+            return None, None, "causal, dropout, a block mask or context parallelism"
+        if k.shape[2] != q.shape[2]:
+            return None, None, f"{q.shape[2]} queries read {k.shape[2]} keys of another sequence"
+        layout, rest = forward.grid, q.shape[2] - forward.grid.sequence
+        if rest < 0 or (rest > 0 and not at.part.family.joint):
+            sizes = "x".join(map(str, layout.grid))
+            return None, None, f"the sequence has {q.shape[2]} tokens, the grid {sizes} has {layout.sequence}"
+        if rest:
+            layout = replace(layout, text=rest)
+        if mask is None:
+            return layout, None, ""
+        if id(mask) not in forward.masks:
+            forward.masks[id(mask)] = _key_validity(mask, q.shape[0], layout.sequence)
+        valid = forward.masks[id(mask)]
+        return (None, None, valid) if isinstance(valid, str) else (layout, valid, "")
+
+    def _call(
+        self,
+        at: Attachment,
+        forward: Forward,
+        layout: TokenLayout,
+        phase: Phase,
+        q: Tensor,
+        k: Tensor,
+        valid: Tensor | None,
+        scale: float | None,
+    ) -> Call:
+        tick, device = forward.tick, q.device
+        if device not in self._backends:
+            chosen = resolve_backend(device) if self.backend == "auto" else (self.backend, "as asked")
+            self._backends[device] = chosen
+        backend = self._backends[device][0]
+        cache = self._memory.setdefault((at, tick.branch), {})
+        if forward.replays:
+            cache, phase = dict(forward.caches.get(id(at), {})), Phase.SPARSE
+
+        def on_run(plan: Plan, call: Call) -> None:
+            if forward.replays:
+                return
+            if valid is None and at.method.is_static:
+                pairs, every, _ = self._once(
+                    ("pairs", id(plan), call.order), lambda: (*call.pairs(plan), plan)
+                )
+            else:
+                pairs, every = call.pairs(plan)
+            self._record(at, forward, phase, backend, "", q).add(pairs, every, q.shape[0])
+
+        def plan_cache(method: SparseProcessor, make: Callable[[], Plan], call: Call) -> Plan:
+            def whole() -> Plan:
+                return _with_anchors(make(), call, at.part.anchors)
+
+            if method.is_static:
+                return self._once(self._key("plan", method, call, q), lambda: whole().to(device))
+            key = id(at), method
+            if forward.replays and key in forward.plans:
+                return forward.plans[key]
+            plan = whole()
+            if torch.is_grad_enabled():
+                forward.plans[key] = plan
+            return plan
+
+        return Call(
+            layout=layout,
+            layer=at.layer.index,
+            layers=at.layer.count,
+            name=at.layer.name,
+            step=tick.step,
+            steps=tick.steps,
+            branch=tick.branch,
+            phase=phase,
+            heads=q.shape[1],
+            kv_heads=k.shape[1],
+            scale=scale,
+            valid=valid,
+            seed=self.seed,
+            cache=cache,
+            part=at.module._modules.get("sparse_branch"),
+            backend=backend,
+            on_run=on_run,
+            plan_cache=plan_cache,
+        )
+
+    def _key(self, what: str, method: SparseProcessor, call: Call, q: Tensor) -> tuple[Any, ...]:
+        layer = (call.layer, call.name) if "layer" in method.reads else None
+        step = (call.step, call.steps) if "step" in method.reads else None
+        return what, method, call.layout, q.device, call.heads, layer, step
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def _left_dense(
+        self, at: Attachment, forward: Forward, q: Tensor, k: Tensor, valid: Tensor | None, reason: str
+    ) -> None:
+        """Record a call that the model computes itself."""
+        if not forward.replays:
+            keys = torch.tensor([[k.shape[2]]], device=q.device) if valid is None else valid.sum(-1)[:, None]
+            every = keys * q.shape[2]
+            self._record(at, forward, Phase.DENSE, "model", reason, q).add(every, every, q.shape[0])
+
+    def _record(
+        self, at: Attachment, forward: Forward, phase: Phase, backend: str, reason: str, q: Tensor
+    ) -> Record:
+        tick, layer = forward.tick, at.layer
+        where = Where(
+            at.part.name, tick.step, layer.index, layer.name, tick.branch, phase, backend, reason
+        )  # fmt: skip
+        return self._records.setdefault(where, Record(q.shape[1]))
+
+
+_SHADOWS = ("cache_context", "_reset_stateful_cache", "__deepcopy__")
+
+
+def _checkpointing(model: nn.Module) -> list[tuple[Any, Any]]:
+    found = ((m, m.__dict__.get("_gradient_checkpointing_func")) for m in model.modules())
+    return [(module, function) for module, function in found if function is not None]
+
+
+def _unwrap(module: Any, wrapper: _Checkpoint) -> None:
+    if module.__dict__.get("_gradient_checkpointing_func") is wrapper:
+        module._gradient_checkpointing_func = wrapper.stock
+
+
+def _is_full(plan: Plan) -> bool:
+    return plan.rule is None and bool((plan.counts == plan.keys).all())
+
+
+def _with_anchors(plan: Plan, call: Call, frames: int) -> Plan:
+    """Let every query block read the first ``frames`` frames of the grid."""
+    if not frames or call.order is None:
+        return plan
+    start = call.layout.grid_start
+    index = call.order.index
+    here = (index >= start) & (index < start + frames * call.layout.frame)
+    columns = fill_counts(here, plan.block[1]) > 0
+    return Plan.from_blocks(
+        plan.to_blocks() | columns[None, :, None].to(plan.indices.device), plan.block, plan.rule
+    )
+
+
+def _key_validity(mask: Tensor, batch: int, tokens: int) -> Tensor | str:
+    """Key validity bool [B or 1, S] of a mask that only hides keys, or the reason it is not one.
+
+    Accepts bool (True may be read), and additive masks whose entries are 0 or at most -1e4.
+    """
+    shape = tuple(mask.shape)
+    if mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == 1:
+        mask = mask[:, 0, 0]
+    elif mask.ndim == 3 and mask.shape[1] == 1:
+        mask = mask[:, 0]
+    if mask.ndim != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] != tokens:
+        return f"an attention mask of shape {shape} is no key-padding mask of {tokens} keys"
+    if mask.dtype == torch.bool:
+        return mask
+    if not bool(((mask == 0) | (mask <= -1e4)).all()):
+        return f"an additive attention mask of shape {shape} that does more than hide keys"
+    return mask == 0
+
+
+def apply(
+    pipe: Any,
+    method: SparseProcessor | str | Mapping[str, SparseProcessor],
+    *,
+    schedule: Schedule | str | None = None,
+    density: float | None = None,
+    backend: str = "auto",
+    strict: bool = False,
+    seed: int = 0,
+    **parameters: Any,
+) -> Session:
+    """Attach a method to a pipeline or a bare transformer.
+
+    Args:
+        pipe: A diffusers pipeline (its clock is then known) or a transformer. A compiled transformer will do.
+        method: A processor, a name out of ``METHODS``, or a dict of processors by ``"<path>.processor"``.
+        schedule: When it runs; default the model family's. See :meth:`Schedule.parse`.
+        density: Ask for the method's setting nearest to this density at each token layout.
+        backend: "auto", "reference", "cpu", "flex" or "triton".
+        strict: Raise where a call cannot run sparse, instead of recording why it ran dense.
+        seed: For methods that draw samples.
+        parameters: Keywords of the method's constructor, when it is given by name.
+
+    Raises:
+        ValueError: Unknown model class, method, schedule or backend; or nothing to attach to.
+    """
+    from dit_sparse.processors import METHODS
+
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}; there are {', '.join(sorted(METHODS))}")
+        names = {f.name for f in fields(METHODS[method])}
+        if density is not None and "density" in names:
+            parameters, density = {**parameters, "density": density}, None
+        wrong = sorted(set(parameters) - names)
+        if wrong:
+            raise ValueError(
+                f"{method} has no parameter {', '.join(wrong)}; it has {', '.join(sorted(names))}"
+            )
+        method = METHODS[method](**parameters)
+    elif parameters:
+        raise ValueError(f"parameters {sorted(parameters)} belong to a method given by name, got {method!r}")
+    if not isinstance(method, SparseProcessor | Mapping):
+        raise ValueError(f"method must be a SparseProcessor, a name or a dict of processors, got {method!r}")
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"unknown backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
+    models = _transformers(pipe)
+    for model in models.values():
+        attached = session(model)
+        if attached is not None:
+            attached.remove()
+    return Session(
+        pipe if not isinstance(pipe, nn.Module) else None,
+        models,
+        method,
+        schedule=schedule,
+        density=density,
+        backend=backend,
+        strict=strict,
+        seed=seed,
+    )
+
+
+def session(model: Any) -> Session | None:
+    """The session attached to a transformer (or to a pipeline's), or None."""
+    for found in _transformers(model).values() if not isinstance(model, nn.Module) else [_uncompiled(model)]:
+        for hook in found._forward_pre_hooks.values():
+            if isinstance(hook, _Hook):
+                return hook.session
+    return None
+
+
+def _uncompiled(model: Any) -> Any:
+    return getattr(model, "_orig_mod", model)
+
+
+def _transformers(pipe: Any) -> dict[str, nn.Module]:
+    """The transformers of a pipeline (or the one given) by component name."""
+    if isinstance(pipe, nn.Module):
+        return {"transformer": _uncompiled(pipe)}
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, Mapping):
+        raise ValueError(f"expected a diffusers pipeline or a transformer, got {type(pipe).__name__}")
+    names = [name for name in components if name.startswith("transformer") and components[name] is not None]
+    if not names:
+        raise ValueError(
+            f"{type(pipe).__name__} has no transformer; its components are {', '.join(components)}"
+        )
+    return {name: _uncompiled(components[name]) for name in names}
+
+
+def apply_dict(model: Any, processors: dict[str, Any], stock: Callable[[Any, Any], None]) -> None:
+    """``set_attn_processor`` with a dict that mixes methods and stock processors."""
+    attached = session(model)
+    if attached is not None:
+        attached.remove()
+    present = model.attn_processors
+    if set(processors) != set(present):
+        missing, unknown = sorted(set(present) - set(processors)), sorted(set(processors) - set(present))
+        raise ValueError(f"a dict of processors must name every layer: missing {missing}, unknown {unknown}")
+    sparse = {k: p for k, p in processors.items() if isinstance(p, SparseProcessor)}
+    stock(model, {k: present[k] if k in sparse else p for k, p in processors.items()})
+    apply(model, sparse)
+
+
+def release_for(model: Any, processor: Any) -> None:
+    """End the model's session before stock processors are set; its own redirected ones may be set again."""
+    attached = session(model)
+    given = list(processor.values()) if isinstance(processor, dict) else [processor]
+    if attached is not None and not all(p in _own(attached) for p in given if isinstance(p, Redirected)):
+        given = []
+    if attached is not None and not any(isinstance(p, Redirected) for p in given):
+        attached.remove()
+
+
+def _own(attached: Session) -> list[Any]:
+    return [at.processor for part in attached.parts for at in part.layers]

@@ -1,0 +1,107 @@
+"""Clock: which denoising step of how many, which branch, and where a run begins, without touching the model.
+
+Sources, best first: the numbers diffusers passes to ``cache_context``; the pipeline's scheduler (its
+``step_index``, or the place of the timestep among ``scheduler.timesteps``). A bare transformer has no clock.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dit_sparse.layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class Tick:
+    """One forward pass. ``step`` and ``steps`` are None without a clock; ``first`` starts a run."""
+
+    step: int | None
+    steps: int | None
+    branch: str
+    first: bool
+
+
+class Clock:
+    """The clock of one session; its transformers share it, so Wan2.2's two experts count through."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = weakref.ref(pipe) if pipe is not None else None
+        self._context: tuple[str, int | None, int | None] = ("", None, None)
+        self._last: tuple[int | None, TokenLayout] | None = None
+        self._stopped_at: int | None = None
+        self._forwards = 0
+
+    def listen(self, model: Any) -> dict[str, Callable[..., Any]]:
+        """Instance attributes that let the clock hear what diffusers tells a model about the run."""
+        shadows: dict[str, Callable[..., Any]] = {}
+        if hasattr(model, "cache_context"):
+            stock_context = model.cache_context
+
+            @contextmanager
+            def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
+                outer = self._context
+                self._context = name, kwargs.get("step_index"), kwargs.get("num_inference_steps")
+                try:
+                    with stock_context(name, **kwargs):
+                        yield
+                finally:
+                    self._context = outer
+
+            shadows["cache_context"] = cache_context
+        if hasattr(model, "_reset_stateful_cache"):
+            stock_reset = model._reset_stateful_cache
+
+            def reset(*args: Any, **kwargs: Any) -> Any:
+                self._stop()
+                return stock_reset(*args, **kwargs)
+
+            shadows["_reset_stateful_cache"] = reset
+        return shadows
+
+    def tick(self, arguments: Mapping[str, Any], grid: TokenLayout, branches: tuple[str, ...]) -> Tick:
+        """Read the clock at the start of a forward pass.
+
+        Args:
+            arguments: The bound arguments of the transformer's forward.
+            grid: Its token layout; another one starts another run.
+            branches: Names of a step's forward passes in call order, where diffusers gives none.
+        """
+        name, step, steps = self._context
+        if step is None:
+            step, steps = self._scheduler(arguments)
+        last, self._last = self._last, (step, grid)
+        first = last is None or last[1] != grid or (last[0] is None) != (step is None)
+        if not first and step is not None and last is not None and last[0] is not None:
+            first = step < last[0]
+        if not name and step is None:
+            name = branches[0]
+        elif not name:
+            self._forwards = 0 if first or last is None or last[0] != step else self._forwards + 1
+            name = branches[self._forwards] if self._forwards < len(branches) else f"call{self._forwards}"
+        return Tick(step, steps, name, first)
+
+    def _scheduler(self, arguments: Mapping[str, Any]) -> tuple[int | None, int | None]:
+        scheduler = getattr(self._pipe() if self._pipe is not None else None, "scheduler", None)
+        if getattr(scheduler, "num_inference_steps", None) is None:
+            return None, None
+        timesteps = scheduler.timesteps
+        if hasattr(scheduler, "step_index"):
+            index = scheduler.step_index
+            if index is not None and index == self._stopped_at:
+                return None, None  # the scheduler still stands where the last run left it
+            return index or 0, len(timesteps)
+        here = torch.as_tensor(arguments["timestep"]).flatten()[:1].to(timesteps)
+        found = (timesteps == here).nonzero()
+        return (int(found[0]), len(timesteps)) if len(found) else (None, None)
+
+    def _stop(self) -> None:
+        """The pipeline has finished a run."""
+        pipe = self._pipe() if self._pipe is not None else None
+        self._stopped_at = getattr(getattr(pipe, "scheduler", None), "step_index", None)
+        self._last = None

@@ -1,0 +1,269 @@
+"""SparseProcessor, the base of every method, and Call, what a method may know of one attention call.
+
+Shapes: q, k, v are [B, H, S, D]; after ordering S' slots instead of S tokens. K and V may have fewer heads
+(GQA).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeVar
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+
+from dit_sparse.layout import TokenLayout
+from dit_sparse.order import Order
+from dit_sparse.plan import PackedPlan, Plan
+from dit_sparse.schedule import Phase
+
+T = TypeVar("T")
+
+READS = frozenset({"layout", "layer", "step", "qk"})
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer of a model: what :meth:`SparseProcessor.module` may build trainable parts from."""
+
+    index: int
+    name: str
+    count: int
+    heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One attention call: where it stands in the run and what it may remember.
+
+    Args:
+        layout: The tokens of this call.
+        layer, layers, name: Index, count and module path of the layer.
+        step, steps: 0-based denoising step, of how many; None when the run is not known.
+        branch: Which forward pass of the step.
+        phase: REFRESH or SPARSE (a DENSE call never reaches a method).
+        heads, kv_heads: Heads of q and of k, v.
+        scale: Softmax scale; None means 1 / sqrt(D).
+        valid: Key validity in model order, bool [B or 1, S]; None means every key.
+        lse: Natural-log softmax statistics of a dense call over the same tokens, float32 [B, H, S], where one
+            is at hand (conformance of methods that cache it).
+        seed: With layer, step and branch, the seed of :meth:`generator`.
+        cache: This layer's and branch's memory, shared by :meth:`at`.
+        part: The method's trainable module of this layer, if any.
+    """
+
+    layout: TokenLayout
+    layer: int = 0
+    layers: int = 1
+    name: str = ""
+    step: int | None = None
+    steps: int | None = None
+    branch: str = "cond"
+    phase: Phase = Phase.SPARSE
+    heads: int = 1
+    kv_heads: int = 1
+    scale: float | None = None
+    valid: Tensor | None = None
+    lse: Tensor | None = None
+    seed: int = 0
+    cache: dict[str, tuple[Any, int | None]] = field(default_factory=dict)
+    part: nn.Module | None = None
+    backend: str = "auto"
+    order: Order | None = None
+    on_run: Callable[[Plan, Call], None] | None = None
+    plan_cache: Callable[[SparseProcessor, Callable[[], Plan], Call], Plan] | None = None
+
+    @classmethod
+    def standalone(
+        cls,
+        layout: TokenLayout,
+        *,
+        layer: int = 0,
+        layers: int = 1,
+        step: int | None = 0,
+        steps: int | None = 1,
+        heads: int = 1,
+        kv_heads: int | None = None,
+        branch: str = "cond",
+        phase: Phase = Phase.SPARSE,
+        valid: Tensor | None = None,
+        lse: Tensor | None = None,
+        seed: int = 0,
+        cache: dict[str, tuple[Any, int | None]] | None = None,
+    ) -> Call:
+        """A call that needs no model: for tests, drawings and people with their own attention code."""
+        if valid is not None and valid.ndim == 1:
+            valid = valid[None]
+        return cls(
+            layout=layout,
+            layer=layer,
+            layers=layers,
+            step=step,
+            steps=steps,
+            heads=heads,
+            kv_heads=heads if kv_heads is None else kv_heads,
+            branch=branch,
+            phase=phase,
+            valid=valid,
+            lse=lse,
+            seed=seed,
+            cache={} if cache is None else cache,
+        )
+
+    def at(self, **changes: Any) -> Call:
+        """The same call at another step (or phase, ...), with the same memory."""
+        return replace(self, **changes)
+
+    def generator(self) -> torch.Generator:
+        """A CPU generator seeded by (seed, layer, step, branch): the same call draws the same numbers."""
+        key = f"{self.seed}/{self.layer}/{self.step}/{self.branch}"
+        return torch.Generator().manual_seed(crc32(key.encode()))
+
+    def cached(self, name: str, make: Callable[[], T]) -> T:
+        """The remembered value, or ``make()`` at REFRESH or when there is none yet.
+
+        Values are immutable: one that ages is a function of (value, ``made_at(name)``, step). Plans are kept
+        as bits.
+        """
+        found = self.cache.get(name)
+        if found is None or (self.phase is Phase.REFRESH and found[1] != self.step):
+            value = make()
+            self.cache[name] = (value.pack() if isinstance(value, Plan) else value, self.step)
+            return value
+        return found[0].unpack() if isinstance(found[0], PackedPlan) else found[0]
+
+    def made_at(self, name: str) -> int | None:
+        """The step at which the remembered value was made; None without one."""
+        found = self.cache.get(name)
+        return found[1] if found is not None else None
+
+    def slots_valid(self) -> Tensor:
+        """Which slots of the ordered sequence may be keys: bool [B or 1, H or 1, S']."""
+        return self._order().valid(self.valid)
+
+    def filled(self, block: int) -> Tensor:
+        """Valid keys per block of the ordered sequence: int64 [B or 1, H or 1, blocks]."""
+        return self._order().filled(block, self.valid)
+
+    def pairs(self, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Exact (computed, all) token pairs of a plan in this call, int64 [B or 1, H or 1]."""
+        order = self._order()
+        fq, fk = order.filled(plan.block[0]), order.filled(plan.block[1], self.valid)
+        slots = None if plan.rule is None else self.slots_valid()
+        return plan.pairs(fq, fk, order.index, slots), fq.sum(-1) * fk.sum(-1)
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Execute a plan on ordered q, k, v: (out [B, H, S', D], lse float32 [B, H, S']), and report it."""
+        from dit_sparse.kernels import block_sparse_attention
+
+        order = self._order()
+        everything = self.valid is None and order.slots == order.tokens
+        if self.on_run is not None:
+            self.on_run(plan, self)
+        return block_sparse_attention(
+            q,
+            k,
+            v,
+            plan,
+            valid=None if everything else self.slots_valid(),
+            scale=self.scale,
+            positions=None if plan.rule is None else order.index,
+            backend=self.backend,
+        )
+
+    def _order(self) -> Order:
+        if self.order is None:
+            raise ValueError(
+                "this call has no order yet: use method.select(q, k, call), or call.at(order=...)"
+            )
+        return self.order
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseProcessor:
+    """A method of sparse attention: parameters only, no state.
+
+    A subclass is a frozen dataclass whose fields are the method's parameters. It sets ``reads`` and writes
+    :meth:`plan`; it overrides :meth:`order` to form blocks along something else than raster order, and
+    :meth:`attend` to merge, rescale or add a branch.
+
+    >>> pipe.transformer.set_attn_processor(RadialProcessor())  # doctest: +SKIP
+    """
+
+    reads: ClassVar[frozenset[str]] = READS
+    """What a plan depends on, out of "layout", "layer", "step" and "qk": that is its cache key."""
+
+    def order(self, call: Call) -> Order:
+        """Where tokens sit while blocks are formed. Default: raster, text on a boundary of ``self.block``."""
+        block = self.block  # type: ignore[attr-defined]  # a field of every method that keeps this default
+        return Order.raster(call.layout, block if isinstance(block, int) else max(block))
+
+    def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
+        """The method: which key blocks each query block reads.
+
+        Args:
+            q, k: Ordered [B, H, S', D]; holes are zeros (see ``call.slots_valid()`` and ``call.filled``).
+                Static methods ignore them.
+        """
+        raise NotImplementedError
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        """Ordered q, k, v -> ordered output [B, H, S', D]. Default: execute :meth:`plan`."""
+        return call.run(q, k, v, self.planned(q, k, call))[0]
+
+    def planned(self, q: Tensor, k: Tensor, call: Call) -> Plan:
+        """:meth:`plan`, made once for every call that shares what it ``reads``."""
+        if call.plan_cache is None:
+            return self.plan(q, k, call)
+        return call.plan_cache(self, lambda: self.plan(q, k, call), call)
+
+    def at_density(self, density: float, layout: TokenLayout) -> SparseProcessor:
+        """The nearest setting of this method to ``density`` for a layout.
+
+        Raises:
+            ValueError: The method cannot reach it; the message says its floor.
+        """
+        raise ValueError(f"{type(self).__name__} has no setting that follows a density")
+
+    def module(self, layer: Layer) -> nn.Module | None:
+        """The method's trainable part for one layer, or None."""
+        return None
+
+    def select(self, q: Tensor, k: Tensor, call: Call) -> Plan:
+        """From model-order q, k [B, H, S, D]: order them, then :meth:`plan`."""
+        order = self.order(call).to(q.device)
+        return self.plan(order.apply(q), order.apply(k), call.at(order=order))
+
+    @property
+    def is_static(self) -> bool:
+        """Whether plans do not depend on q and k."""
+        return "qk" not in self.reads
+
+
+def install_seam() -> None:
+    """Let ``model.set_attn_processor`` take a method, or a dict with methods; the rest stays as it was."""
+    from functools import wraps
+
+    from diffusers.models.attention import AttentionMixin
+
+    stock = AttentionMixin.set_attn_processor
+    if getattr(stock, "dit_sparse_seam", False):
+        return
+
+    @wraps(stock)
+    def set_attn_processor(self: nn.Module, processor: Any) -> None:
+        from dit_sparse import attach
+
+        if isinstance(processor, SparseProcessor):
+            attach.apply(self, processor)
+        elif isinstance(processor, dict) and any(isinstance(p, SparseProcessor) for p in processor.values()):
+            attach.apply_dict(self, dict(processor), stock)
+        else:
+            attach.release_for(self, processor)
+            stock(self, processor)
+
+    set_attn_processor.dit_sparse_seam = True  # type: ignore[attr-defined]
+    AttentionMixin.set_attn_processor = set_attn_processor

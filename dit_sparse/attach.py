@@ -405,7 +405,7 @@ class Session:
         valid: Tensor | None,
         scale: float | None,
     ) -> Call:
-        tick, device = forward.tick, q.device
+        tick, device, training = forward.tick, q.device, torch.is_grad_enabled()
         if device not in self._backends:
             chosen = resolve_backend(device) if self.backend == "auto" else (self.backend, "as asked")
             self._backends[device] = chosen
@@ -435,7 +435,7 @@ class Session:
             if forward.replays and key in forward.plans:
                 return forward.plans[key]
             plan = whole()
-            if torch.is_grad_enabled():
+            if training:
                 forward.plans[key] = plan
             return plan
 

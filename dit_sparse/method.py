@@ -125,12 +125,13 @@ class Call:
     def cached(self, name: str, make: Callable[[], T]) -> T:
         """The remembered value, or ``make()`` at REFRESH or when there is none yet.
 
-        Values are immutable: one that ages is a function of (value, ``made_at(name)``, step). Plans are kept
-        as bits.
+        Values carry no gradient and are immutable: one that ages is a function of (value, ``made_at(name)``,
+        step). Plans are kept as bits.
         """
         found = self.cache.get(name)
-        if found is None or (self.phase is Phase.REFRESH and found[1] != self.step):
-            value = make()
+        if found is None or self.phase is Phase.REFRESH:
+            with torch.no_grad():
+                value = make()
             self.cache[name] = (value.pack() if isinstance(value, Plan) else value, self.step)
             return value
         return found[0].unpack() if isinstance(found[0], PackedPlan) else found[0]
@@ -215,10 +216,11 @@ class SparseProcessor:
         return call.run(q, k, v, self.planned(q, k, call))[0]
 
     def planned(self, q: Tensor, k: Tensor, call: Call) -> Plan:
-        """:meth:`plan`, made once for every call that shares what it ``reads``."""
-        if call.plan_cache is None:
-            return self.plan(q, k, call)
-        return call.plan_cache(self, lambda: self.plan(q, k, call), call)
+        """:meth:`plan` without gradients, made once for every call that shares what it ``reads``."""
+        with torch.no_grad():
+            if call.plan_cache is None:
+                return self.plan(q, k, call)
+            return call.plan_cache(self, lambda: self.plan(q, k, call), call)
 
     def at_density(self, density: float, layout: TokenLayout) -> SparseProcessor:
         """The nearest setting of this method to ``density`` for a layout.

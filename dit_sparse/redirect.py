@@ -45,6 +45,7 @@ class _Redirect(ast.NodeTransformer):
         self.hits += 1
         self_name, attn_name = self.names
         core = ast.Attribute(ast.Name(self_name, ast.Load()), "_core", ast.Load())
+        ast.copy_location(core, callee)
         args = [ast.Name(attn_name, ast.Load()), ast.Constant(_CALLEES[name]), callee, *node.args]
         return ast.copy_location(ast.Call(core, args, node.keywords), node)
 

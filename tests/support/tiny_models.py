@@ -11,19 +11,19 @@ from torch import Tensor
 from dit_sparse.method import Call, SparseProcessor
 from dit_sparse.plan import Plan, blocks_of, pool, top_k
 
-WAN: dict[str, Any] = dict(
-    patch_size=(1, 2, 2),
-    num_attention_heads=2,
-    attention_head_dim=12,
-    in_channels=4,
-    out_channels=4,
-    text_dim=16,
-    freq_dim=32,
-    ffn_dim=32,
-    num_layers=3,
-    cross_attn_norm=True,
-    rope_max_seq_len=64,
-)
+WAN: dict[str, Any] = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 32,
+    "ffn_dim": 32,
+    "num_layers": 3,
+    "cross_attn_norm": True,
+    "rope_max_seq_len": 64,
+}
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -139,7 +139,7 @@ class TopK(SparseProcessor):
 
     def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
         valid = call.slots_valid()
-        scores = pool(q, self.block) @ pool(k, self.block, valid).transpose(-1, -2)
+        scores = pool(q, self.block, valid) @ pool(k, self.block, valid).transpose(-1, -2)
         return Plan.from_blocks(
             top_k(scores, self.keep, (call.filled(self.block) > 0)[..., None, :]), self.block
         )

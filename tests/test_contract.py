@@ -1,0 +1,302 @@
+"""The contract: every method in every model family. A new method or family is one row here.
+
+``make test`` runs a pairwise cover of (method, family, promise); ``make test-all`` runs the full product.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import tiny_models as tiny
+import torch
+
+import dit_sparse
+from dit_sparse import DenseProcessor, Phase, RadialProcessor, SparseProcessor
+
+
+class Method(NamedTuple):
+    sparse: SparseProcessor
+    full: SparseProcessor
+
+
+class Family(NamedTuple):
+    model: Callable[[], Any]
+    inputs: Callable[..., dict[str, Any]]
+
+
+METHODS = {
+    "dense": Method(DenseProcessor(block=16), DenseProcessor(block=16)),
+    "radial": Method(
+        RadialProcessor(block=8, decay=0.3, decimate_below=32),
+        RadialProcessor(block=8, decay=99.0, decimate_below=0),
+    ),
+    "per-call": Method(tiny.TopK(keep=3), tiny.TopK(keep=999)),
+    "step-cached": Method(tiny.Cached(keep=3), tiny.Cached(keep=999)),
+}
+FAMILIES = {
+    "wan": Family(tiny.wan, tiny.wan_inputs),
+    "wan-i2v": Family(tiny.wan_i2v, tiny.wan_i2v_inputs),
+    "wan-vace": Family(tiny.wan_vace, tiny.wan_vace_inputs),
+}
+
+
+def attach(model: Any, method: SparseProcessor, **options: Any) -> dit_sparse.Session:
+    """Attach to every layer at every step, without the shortcut that leaves full plans to the model."""
+    session = dit_sparse.apply(model, method, **{"schedule": "always", **options})
+    session.full_plan_is_dense = False
+    return session
+
+
+def assert_ran_sparse(session: dit_sparse.Session, method: SparseProcessor) -> None:
+    report = session.report()
+    assert report.rows
+    assert all(row.where.phase is not Phase.DENSE for row in report.rows), str(report)
+    if not isinstance(method, DenseProcessor):
+        assert report.sparse_density < 0.9, str(report)
+
+
+@torch.no_grad()
+def full_budget_equals_stock(method: Method, family: Family) -> None:
+    model, inputs = family.model(), family.inputs(2)
+    stock = model(**inputs)[0]
+    session = attach(model, method.full)
+    torch.testing.assert_close(model(**inputs)[0], stock, atol=1e-5, rtol=1e-5)
+    report = session.report()
+    assert report.sparse_rows
+    assert report.sparse_density == 1
+    session.full_plan_is_dense = True
+    torch.testing.assert_close(model(**inputs)[0], stock, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def restores_bit_for_bit(method: Method, family: Family) -> None:
+    model, inputs = family.model(), family.inputs()
+    stock, processors = model(**inputs)[0], dict(model.attn_processors)
+    before = set(vars(model)), len(model._forward_pre_hooks), list(model.state_dict())
+    with attach(model, method.sparse) as session:
+        model(**inputs)
+        assert_ran_sparse(session, method.sparse)
+    assert torch.equal(model(**inputs)[0], stock)
+    assert {k: id(p) for k, p in model.attn_processors.items()} == {k: id(p) for k, p in processors.items()}
+    assert (set(vars(model)), len(model._forward_pre_hooks), list(model.state_dict())) == before
+    assert dit_sparse.session(model) is None
+
+
+@torch.no_grad()
+def is_deterministic(method: Method, family: Family) -> None:
+    outs = []
+    for _ in range(2):
+        model = family.model()
+        attach(model, method.sparse)
+        outs += [model(**family.inputs())[0] for _ in range(2)]
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@torch.no_grad()
+def differs_from_dense(method: Method, family: Family) -> None:
+    model, inputs = family.model(), family.inputs()
+    stock = model(**inputs)[0]
+    session = attach(model, method.sparse)
+    out = model(**inputs)[0]
+    assert_ran_sparse(session, method.sparse)
+    if not isinstance(method.sparse, DenseProcessor):
+        assert (out - stock).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def batch_equals_two_calls(method: Method, family: Family) -> None:
+    """Batched classifier-free guidance equals two passes: state is kept per branch and per batch item."""
+    model, both = family.model(), family.inputs(2)
+    session = attach(model, method.sparse)
+    together = model(**both)[0]
+    assert_ran_sparse(session, method.sparse)
+    apart = []
+    for i, branch in enumerate(("cond", "uncond")):
+        one = {
+            k: v[i : i + 1] if torch.is_tensor(v) and len(v) == 2 and v.ndim != 1 else v
+            for k, v in both.items()
+        }
+        one["timestep"] = both["timestep"][:1]
+        with model.cache_context(branch):
+            apart.append(model(**one)[0])
+    torch.testing.assert_close(torch.cat(apart), together, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def resolution_may_change(method: Method, family: Family) -> None:
+    model = family.model()
+    session = attach(model, method.sparse)
+    sizes = [{}, {"frames": 7, "height": 16, "width": 10}, {"frames": 9, "height": 12, "width": 12}, {}]
+    outs = []
+    for size in sizes:
+        outs.append(model(**family.inputs(**size))[0])
+        assert_ran_sparse(session, method.sparse)
+    assert torch.equal(outs[0], outs[-1])
+
+
+@torch.no_grad()
+def reports_what_brute_force_counts(method: Method, family: Family) -> None:
+    """Reported pairs equal the ones counted token by token over the plans that were executed."""
+    model, counted = family.model(), []
+    session = attach(model, method.sparse)
+    from dit_sparse.method import Call
+
+    original = Call.run
+
+    def spy(self: Any, q: Any, k: Any, v: Any, plan: Any) -> Any:
+        bq, bk = plan.block
+        tokens = plan.to_blocks().repeat_interleave(bq, -2).repeat_interleave(bk, -1)
+        tokens = tokens[..., : q.shape[2], : k.shape[2]]
+        here = (self.order.index >= 0)[None]
+        tokens = tokens & here[..., :, None] & here[..., None, :]
+        counted.append(int(tokens.expand(q.shape[0], q.shape[1], -1, -1).sum()))
+        return original(self, q, k, v, plan)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Call, "run", spy)
+        model(**family.inputs(2))
+    rows = session.report().rows
+    assert [sum(row.pairs) for row in rows] == counted
+    tokens = 120
+    assert all(sum(row.every) == 2 * 2 * tokens * tokens for row in rows)
+
+
+def gradients_survive_checkpointing(method: Method, family: Family) -> None:
+    """Forwards of two branches and two steps, then one backward: the same gradients with and without.
+
+    The last forward renews what the first one remembered, so a backward that looked at the session's current
+    state would recompute the first one with other plans.
+    """
+
+    def gradients(checkpointing: bool) -> list[torch.Tensor]:
+        model = family.model().train()
+        session = attach(model, method.sparse, schedule="refresh 1, 5")
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        losses = []
+        for branch, step in (("cond", 1), ("uncond", 1), ("cond", 5)):
+            inputs = family.inputs()
+            inputs["hidden_states"] = tiny.randn(*inputs["hidden_states"].shape, seed=step)
+            with model.cache_context(branch, step_index=step, num_inference_steps=10):
+                losses.append(model(**inputs)[0].square().mean())
+        assert_ran_sparse(session, method.sparse)
+        calls = session.report().to_dict()["totals"]["full_run"]["calls"]
+        sum(losses).backward()
+        assert (
+            session.report().to_dict()["totals"]["full_run"]["calls"] == calls
+        )  # recomputation is not counted
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert len(plain) == len(checkpointed) > 20
+    for a, b in zip(plain, checkpointed, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def gradients_equal_the_reference(method: Method, family: Family) -> None:
+    def gradients(backend: str) -> list[torch.Tensor]:
+        model = family.model().train()
+        session = attach(model, method.sparse, backend=backend)
+        model(**family.inputs())[0].square().mean().backward()
+        assert_ran_sparse(session, method.sparse)
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for a, b in zip(gradients("auto"), gradients("reference"), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
+
+
+@torch.no_grad()
+def lora_may_come_and_go(method: Method, family: Family) -> None:
+    from peft import LoraConfig
+
+    model, inputs = family.model(), family.inputs()
+    session = attach(model, method.sparse)
+    without = model(**inputs)[0]
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
+    adapted = model(**inputs)[0]
+    assert_ran_sparse(session, method.sparse)
+    assert (adapted - without).abs().max() > 1e-4
+    session.remove()
+    attach(model, method.sparse)
+    torch.testing.assert_close(model(**inputs)[0], adapted, atol=1e-6, rtol=1e-6)
+    model.disable_adapters()
+    torch.testing.assert_close(model(**inputs)[0], without, atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def copies_are_stock(method: Method, family: Family) -> None:
+    import copy
+    import pickle
+
+    model, inputs = family.model(), family.inputs()
+    stock = model(**inputs)[0]
+    session = attach(model, method.sparse)
+    sparse = model(**inputs)[0]
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model.blocks))):
+        assert not any(
+            "Sparse" in type(m.processor).__name__ for m in twin.modules() if hasattr(m, "processor")
+        )
+    twin = copy.deepcopy(model)
+    assert dit_sparse.session(twin) is None
+    assert torch.equal(twin(**inputs)[0], stock)
+    assert dit_sparse.session(model) is session
+    assert torch.equal(model(**inputs)[0], sparse)
+
+
+PROMISES = [
+    full_budget_equals_stock,
+    restores_bit_for_bit,
+    is_deterministic,
+    differs_from_dense,
+    batch_equals_two_calls,
+    resolution_may_change,
+    reports_what_brute_force_counts,
+    gradients_survive_checkpointing,
+    gradients_equal_the_reference,
+    lora_may_come_and_go,
+    copies_are_stock,
+]
+
+
+def pairwise(*axes: list[Any]) -> set[tuple[Any, ...]]:
+    """A small set of combinations in which every pair of values of two axes appears (greedy)."""
+    product = list(itertools.product(*axes))
+
+    def pairs(row: tuple[Any, ...]) -> set[Any]:
+        return set(itertools.combinations(enumerate(row), 2))
+
+    missing, chosen = set().union(*map(pairs, product)), set()
+    while missing:
+        best = max(product, key=lambda row: len(pairs(row) & missing))
+        chosen.add(best)
+        missing -= pairs(best)
+    return chosen
+
+
+AXES = list(METHODS), list(FAMILIES), [p.__name__ for p in PROMISES]
+COVER = pairwise(*AXES)
+CASES = [
+    pytest.param(*row, marks=[] if row in COVER else pytest.mark.full, id="-".join(row))
+    for row in itertools.product(*AXES)
+]
+
+
+@pytest.mark.parametrize(("method", "family", "promise"), CASES)
+@pytest.mark.filterwarnings("ignore:.*outside a pipeline run")
+def test_contract(method: str, family: str, promise: str) -> None:
+    check = next(p for p in PROMISES if p.__name__ == promise)
+    check(METHODS[method], FAMILIES[family])
+
+
+def test_every_method_has_a_row() -> None:
+    rows = {type(row.sparse) for row in METHODS.values()}
+    assert set(dit_sparse.METHODS.values()) <= rows
+
+
+def test_every_family_has_a_row() -> None:
+    from dit_sparse.pipelines import FAMILIES as TABLE
+
+    assert set(TABLE) <= {type(row.model()).__name__ for row in FAMILIES.values()}

@@ -352,11 +352,13 @@ class Session:
         if layout is None:
             if self.strict:
                 raise ValueError(f"{at.layer.name} cannot run sparse: {reason}")
-            return self._left_dense(at, forward, q, k, None, reason)
+            self._left_dense(at, forward, q, k, None, reason)
+            return None
         tick = forward.tick
         phase = self.schedule.phase(tick.step, tick.steps, at.layer.index, at.layer.count)
         if phase is Phase.DENSE:
-            return self._left_dense(at, forward, q, k, valid, "schedule")
+            self._left_dense(at, forward, q, k, valid, "schedule")
+            return None
         method = at.method
         if self.density is not None:
             density = self.density
@@ -367,7 +369,8 @@ class Session:
         if self.full_plan_is_dense and method.is_static and type(method).attend is SparseProcessor.attend:
             plan = method.planned(q, k, call)
             if self._once(self._key("full", method, call, q), lambda: _is_full(plan)):
-                return self._left_dense(at, forward, q, k, valid, "full plan")
+                self._left_dense(at, forward, q, k, valid, "full plan")
+                return None
         out = order.undo(method.attend(order.apply(q), order.apply(k), order.apply(v), call))
         if torch.is_grad_enabled() and not forward.replays:
             forward.caches[id(at)] = dict(call.cache)

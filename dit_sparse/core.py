@@ -46,7 +46,8 @@ class Attachment:
 
     def redirect(self) -> bool:
         """Replace the module's processor by a redirected copy; False when it makes no core attention call."""
-        cls = redirected(type(self.stock), Redirected)
+        stock: type = type(self.stock)
+        cls = redirected(stock, Redirected)
         if cls is None:
             return False
         handle = next(_HANDLES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -31,15 +32,15 @@ class TokenLayout:
     suffix: int = 0
 
     def __post_init__(self) -> None:
-        grid = tuple(self.grid)
-        if len(grid) != 3 or not all(isinstance(n, int) and n >= 1 for n in grid):
+        grid = tuple(self.grid) if isinstance(self.grid, Iterable) else ()
+        if len(grid) != 3 or not all(type(n) is int and n >= 1 for n in grid):
             raise ValueError(
                 f"grid must be three positive integers (frames, height, width), got {self.grid!r}"
             )
         object.__setattr__(self, "grid", grid)
         for name in ("text", "prefix", "suffix"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
+            if type(value) is not int or value < 0:
                 raise ValueError(f"{name} must be a token count >= 0, got {value!r}")
 
     @property

@@ -134,7 +134,8 @@ class Call:
                 value = make()
             self.cache[name] = (value.pack() if isinstance(value, Plan) else value, self.step)
             return value
-        return found[0].unpack() if isinstance(found[0], PackedPlan) else found[0]
+        kept: Any = found[0]
+        return kept.unpack() if isinstance(kept, PackedPlan) else kept
 
     def made_at(self, name: str) -> int | None:
         """The step at which the remembered value was made; None without one."""
@@ -251,8 +252,9 @@ def install_seam() -> None:
 
     from diffusers.models.attention import AttentionMixin
 
-    stock = AttentionMixin.set_attn_processor
-    if getattr(stock, "dit_sparse_seam", False):
+    mixin: Any = AttentionMixin
+    stock = mixin.set_attn_processor
+    if hasattr(stock, "dit_sparse_seam"):
         return
 
     @wraps(stock)
@@ -268,4 +270,4 @@ def install_seam() -> None:
             stock(self, processor)
 
     set_attn_processor.dit_sparse_seam = True  # type: ignore[attr-defined]
-    AttentionMixin.set_attn_processor = set_attn_processor
+    mixin.set_attn_processor = set_attn_processor

@@ -204,11 +204,13 @@ def gilbert(grid: tuple[int, int, int]) -> Tensor:
 
     Returns:
         int64 [frames * height * width]: the raster index (width fastest) of the i-th visited token.
-        Consecutive tokens are neighbours, but for a few diagonal steps that odd sizes force.
+        Consecutive tokens are neighbours in boxes of even sizes; odd sizes force a few short jumps.
     """
     f, h, w = grid
-    axes = sorted(((w, 0), (h, 1), (f, 2)), key=lambda a: (-a[0], a[1]))
-    a, b, c = (tuple(size if axis == i else 0 for i in range(3)) for size, axis in axes)
+    sizes = (w, h, f)
+    longest = max(range(3), key=lambda axis: sizes[axis])
+    axes = [longest, *(axis for axis in range(3) if axis != longest)]
+    a, b, c = (tuple(sizes[axis] if axis == i else 0 for i in range(3)) for axis in axes)
     return torch.tensor([x + w * (y + h * z) for x, y, z in _gilbert((0, 0, 0), a, b, c)])
 
 

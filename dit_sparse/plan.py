@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from dit_sparse.order import broadcast_heads
+
 
 class Rule(Protocol):
     """A frozen, hashable predicate on original token positions (int64, broadcastable): may q read k?"""
@@ -150,30 +152,34 @@ class Plan:
             if filled.shape[-1] != blocks:
                 raise ValueError(f"{name} must count {blocks} blocks, got {filled.shape[-1]}")
         if self.rule is not None:
-            return self._rule_pairs(fq, fk, positions, valid)
+            return self._rule_pairs(fk, positions, valid)
+        fq, fk = (broadcast_heads(filled, max(self.counts.shape[1], filled.shape[1])) for filled in (fq, fk))
         used = torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
         shape = torch.broadcast_shapes(self.indices.shape[:2], fk.shape[:2])
         lists = self.indices.long().expand(*shape, -1, -1)
         per_row = fk.expand(*shape, -1).gather(-1, lists.flatten(2)).view(lists.shape).mul(used).sum(-1)
         return (per_row * fq).sum(-1)
 
-    def _rule_pairs(self, fq: Tensor, fk: Tensor, positions: Tensor | None, valid: Tensor | None) -> Tensor:
+    def _rule_pairs(self, fk: Tensor, positions: Tensor | None, valid: Tensor | None) -> Tensor:
         (bq, bk), keep = self.block, self.to_blocks()
-        slots = self.keys * bk
         if positions is None:
-            positions = torch.arange(slots, device=keep.device)[None]
-        here = (positions >= 0)[None] if valid is None else valid & (positions >= 0)[None]
-        # Blocks without a count of their own (a ragged tail, holes at the end) are padded with invalid slots.
-        here = torch.nn.functional.pad(here, (0, slots - here.shape[-1]))
-        place = torch.nn.functional.pad(positions, (0, slots - positions.shape[-1]), value=-1)[None]
-        if valid is None:
-            here = here & (torch.arange(bk, device=keep.device) < fk[..., None]).flatten(-2)
-        total = keep.new_zeros(torch.broadcast_shapes(keep.shape[:2], here.shape[:2]), dtype=torch.int64)
+            # Raster order: a block's tokens come first, what is left of it is the ragged tail.
+            slots = torch.arange(bk, device=keep.device)
+            there = (slots < fk.amax((0, 1))[:, None]).flatten()
+            positions = torch.where(there, torch.arange(len(there), device=keep.device), -1)[None]
+            valid = (slots < fk[..., None]).flatten(-2) if valid is None else valid
+        place = broadcast_heads(positions[None], max(keep.shape[1], positions.shape[0]))
+        here = place >= 0
+        keys = here if valid is None else here[..., : valid.shape[-1]] & valid
+        missing = self.keys * bk - keys.shape[-1]
+        keys = torch.nn.functional.pad(keys, (0, missing))
+        key_place = torch.nn.functional.pad(place, (0, max(0, self.keys * bk - place.shape[-1])), value=-1)
+        total = keep.new_zeros(torch.broadcast_shapes(keep.shape[:2], keys.shape[:2]), dtype=torch.int64)
         for i in range(keep.shape[2]):
-            rows = slice(i * bq, min((i + 1) * bq, slots))
-            allowed = self.rule(place[..., rows, None], place[..., None, :])  # type: ignore[misc]
+            rows = slice(i * bq, min((i + 1) * bq, place.shape[-1]))
+            allowed = self.rule(place[..., rows, None], key_place[..., None, : self.keys * bk])  # type: ignore[misc]
             allowed = allowed & keep[:, :, i].repeat_interleave(bk, -1)[:, :, None]
-            total = total + (allowed & here[..., None, :] & here[..., rows, None]).sum((-2, -1))
+            total = total + (allowed & keys[..., None, :] & here[..., rows, None]).sum((-2, -1))
         return total
 
     def density(
@@ -190,10 +196,10 @@ class Plan:
         """Whether both read the same blocks under the same rule, whatever their broadcasting."""
         if (self.block, self.keys, self.rule) != (other.block, other.keys, other.rule):
             return False
-        if self.counts.shape[-1] != other.counts.shape[-1]:
+        mine, theirs = self.to_blocks(), other.to_blocks().to(self.indices.device)
+        if any(a != b and 1 not in (a, b) for a, b in zip(mine.shape, theirs.shape, strict=True)):
             return False
-        mine, theirs = torch.broadcast_tensors(self.to_blocks(), other.to_blocks().to(self.indices.device))
-        return bool(torch.equal(mine, theirs))
+        return bool((mine == theirs).all())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as safetensors (one bit a block). A plan with a rule is refused: code is not saved."""
@@ -271,9 +277,11 @@ def top_k(scores: Tensor, k: int | Tensor, eligible: Tensor | None = None) -> Te
         k: How many; an int or an integer tensor broadcastable to [..., Q]. At least one is kept.
         eligible: bool [..., Q, K], blocks that may be kept (those with a valid token).
     """
+    best = scores.argsort(dim=-1, descending=True, stable=True)
     if eligible is not None:
-        scores = scores.masked_fill(~eligible, float("-inf"))
-    rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        first = eligible.expand(scores.shape).gather(-1, best).argsort(dim=-1, descending=True, stable=True)
+        best = best.gather(-1, first)
+    rank = best.argsort(dim=-1)
     wanted = torch.as_tensor(k, device=scores.device).clamp(min=1)
     keep = rank < (wanted[..., None] if wanted.ndim else wanted)
     return keep if eligible is None else keep & eligible
@@ -290,9 +298,10 @@ def top_mass(mass: Tensor, share: float, eligible: Tensor | None = None) -> Tens
         raise ValueError(f"share must lie in (0, 1], got {share}")
     if eligible is not None:
         mass = mass.masked_fill(~eligible, 0)
-    ordered, rank = mass.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(-1) - ordered
-    keep = before < share * mass.sum(-1, keepdim=True)
+    ordered, rank = mass.double().sort(dim=-1, descending=True, stable=True)
+    upto = ordered.cumsum(-1)
+    # At share 1 every block with mass, however small: sums of floats cannot tell that.
+    keep = ordered > 0 if share == 1 else upto - ordered < share * upto[..., -1:]
     keep[..., 0] = True
     out = torch.zeros_like(keep).scatter_(-1, rank, keep)
     return out if eligible is None else out & eligible

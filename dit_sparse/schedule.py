@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from math import ceil, floor
 
@@ -47,7 +48,7 @@ class Span:
         return first <= i <= last
 
     def __str__(self) -> str:
-        first, last = (f"{float(v * 100):g}" if self.share else str(v) for v in (self.start, self.end))
+        first, last = (_decimal(v * 100) if self.share else str(v) for v in (self.start, self.end))
         return (first if first == last else f"{first}-{last}") + "%" * self.share
 
 
@@ -128,7 +129,8 @@ class Schedule:
                 raise _error(text, place, f"a second {name!r} clause; list all of them in one, with commas")
             spans, inner = [], at + word.end()
             for item in clause[word.end() :].split(","):
-                spans.append(_span(text, item, inner, name))
+                span = _span(text, item, inner, name)
+                spans += [] if span is None else [span]
                 inner += len(item) + 1
             found[name] = tuple(spans)
             at += len(clause) + 1
@@ -138,7 +140,8 @@ class Schedule:
 _ITEM = re.compile(r"(-?\d+(?:\.\d+)?)\s*(%?)(?:\s*-\s*(-?\d+(?:\.\d+)?)\s*(%?))?")
 
 
-def _span(text: str, item: str, at: int, clause: str) -> Span:
+def _span(text: str, item: str, at: int, clause: str) -> Span | None:
+    """One item of a clause; None for the first 0 % of something."""
     place = at + len(item) - len(item.lstrip())
     match = _ITEM.fullmatch(item.strip())
     if match is None:
@@ -158,10 +161,16 @@ def _span(text: str, item: str, at: int, clause: str) -> Span:
     if not 0 <= a <= 100 or not 0 <= b <= 100:
         raise _error(text, place, "a share lies between 0% and 100%")
     if second is None and clause != "refresh":
+        if not b:
+            return None
         a = Fraction(0)
     elif second is not None and a >= b:
         raise _error(text, place, f"the range {item.strip()} is empty")
     return Span(a / 100, b / 100, share=True)
+
+
+def _decimal(value: Fraction) -> str:
+    return f"{(Decimal(value.numerator) / Decimal(value.denominator)).normalize():f}"
 
 
 def _error(text: str, place: int, what: str) -> ValueError:

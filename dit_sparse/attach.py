@@ -13,55 +13,24 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields
 from functools import partial
-from inspect import Signature, signature
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
-from dit_sparse.clock import Clock, Tick
+from dit_sparse.checkpointing import Checkpoint, checkpointing, wrap
+from dit_sparse.clock import Clock
 from dit_sparse.core import Attachment, Redirected
-from dit_sparse.kernels.ops import BACKENDS, resolve_backend
-from dit_sparse.layout import TokenLayout
-from dit_sparse.method import Call, Layer, SparseProcessor
-from dit_sparse.order import fill_counts
+from dit_sparse.kernels.ops import BACKENDS
+from dit_sparse.method import Layer, SparseProcessor
 from dit_sparse.pipelines import Family, family_of
-from dit_sparse.plan import Plan
-from dit_sparse.report import Record, Report, Where
-from dit_sparse.schedule import Phase, Schedule
-
-
-@dataclass(eq=False)
-class Part:
-    """One transformer of a session: Wan2.2 has two."""
-
-    name: str
-    model: nn.Module
-    family: Family
-    arguments: Signature
-    anchors: int
-    layers: list[Attachment] = field(default_factory=list)
-    forward: Forward | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Forward:
-    """One forward pass of a transformer: written by its pre-hook, read by every layer's core.
-
-    ``replays`` marks the recomputation of a forward under gradient checkpointing: it takes the plans and
-    memories of the first pass, and is not counted.
-    """
-
-    grid: TokenLayout
-    tick: Tick
-    replays: bool = False
-    masks: dict[int, Tensor | str] = field(default_factory=dict)
-    plans: dict[Any, Plan] = field(default_factory=dict)
-    caches: dict[int, dict[str, Any]] = field(default_factory=dict)
+from dit_sparse.router import Forward, Part, Router
+from dit_sparse.schedule import Schedule
 
 
 class _Hook:
@@ -82,33 +51,7 @@ class _NoHook:
         return None
 
 
-class _Checkpoint:
-    """Wraps a model's gradient checkpointing function: what is recomputed is the forward it belongs to."""
-
-    def __init__(self, part: Part, stock: Callable[..., Any]) -> None:
-        self.part, self.stock = part, stock
-
-    def __call__(self, module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        part, forward, calls = self.part, self.part.forward, 0
-
-        def run(*inner: Any, **named: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == 1 or forward is None:
-                return module(*inner, **named)
-            current, part.forward = part.forward, replace(forward, replays=True)
-            try:
-                return module(*inner, **named)
-            finally:
-                part.forward = current
-
-        return self.stock(run, *args, **kwargs)
-
-    def __reduce__(self) -> Any:
-        return copy.copy, (self.stock,)
-
-
-class Session:
+class Session(Router):
     """A method attached to the transformers of one pipeline: made by :func:`apply`.
 
     Use :meth:`report` after a run and :meth:`remove` to restore the model; as a context manager it removes
@@ -127,22 +70,13 @@ class Session:
         strict: bool,
         seed: int,
     ) -> None:
-        self.method = method
-        self.density = density
-        self.strict = strict
-        self.seed = seed
-        self.backend = backend
-        self.full_plan_is_dense = True
-        """Whether an all-kept static plan takes the model's own dense call (reported as "full plan")."""
         families = {name: family_of(model) for name, model in models.items()}
         default = next(iter(families.values())).schedule
-        self.schedule = Schedule.parse(default if schedule is None else schedule)
+        super().__init__(
+            method, Schedule.parse(default if schedule is None else schedule), density, backend, strict, seed
+        )
         self.parts: list[Part] = []
         self._clock = Clock(pipe)
-        self._records: dict[Where, Record] = {}
-        self._memory: dict[tuple[Attachment, str], dict[str, Any]] = {}
-        self._made: dict[tuple[Any, ...], Any] = {}
-        self._backends: dict[torch.device, tuple[str, str]] = {}
         self._warned = False
         self._undo: list[Callable[[], object]] = []
         try:
@@ -151,18 +85,6 @@ class Session:
         except BaseException:
             self.remove()
             raise
-
-    def report(self) -> Report:
-        """What ran since the last run of the pipeline began. Reading it synchronises the device, once."""
-        backends = [f"{name} on {device} ({why})" for device, (name, why) in self._backends.items()]
-        about = {
-            "method": repr(self.method) if isinstance(self.method, SparseProcessor) else "one per layer",
-            "schedule": str(self.schedule),
-            "backend": ", ".join(backends) or self.backend,
-        }
-        if self.density is not None:
-            about["requested density"] = f"{self.density:g}"
-        return Report.read(self._records, about)
 
     def remove(self) -> None:
         """Put every stock processor back. The model computes what it did before, bit for bit.
@@ -281,7 +203,7 @@ class Session:
                 for registry in registries:
                     registry.pop(key, None)
         branches = [(at.module._modules, at.module._modules.pop("sparse_branch", None)) for at in part.layers]
-        checkpoints = [(m, f) for m, f in _checkpointing(model) if isinstance(f, _Checkpoint)]
+        checkpoints = [(m, f) for m, f in checkpointing(model) if isinstance(f, Checkpoint)]
         for module, function in checkpoints:
             module._gradient_checkpointing_func = function.stock
         try:
@@ -317,10 +239,7 @@ class Session:
             )
         part.forward = Forward(grid, tick)
         if torch.is_grad_enabled():
-            for module, function in _checkpointing(part.model):
-                if not isinstance(function, _Checkpoint):
-                    module._gradient_checkpointing_func = wrapper = _Checkpoint(part, function)
-                    self._undo.append(partial(_unwrap, module, wrapper))
+            self._undo += wrap(part)
 
     def _look_for_drift(self) -> None:
         for part in self.parts:
@@ -332,213 +251,8 @@ class Session:
                     stacklevel=3,
                 )
 
-    def route(
-        self,
-        at: Attachment,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-        odd: bool,
-    ) -> Tensor | None:
-        """One attention call: the sparse result [B, H, S, D], or None when the model's own call is to run."""
-        forward = at.part.forward
-        if forward is None:
-            raise ValueError(
-                f"{at.layer.name} was called on its own: its transformer's forward tells the grid"
-            )
-        layout, valid, reason = self._understand(at, forward, q, k, mask, odd)
-        if layout is None:
-            if self.strict:
-                raise ValueError(f"{at.layer.name} cannot run sparse: {reason}")
-            self._left_dense(at, forward, q, k, None, reason)
-            return None
-        tick = forward.tick
-        phase = self.schedule.phase(tick.step, tick.steps, at.layer.index, at.layer.count)
-        if phase is Phase.DENSE:
-            self._left_dense(at, forward, q, k, valid, "schedule")
-            return None
-        method = at.method
-        if self.density is not None:
-            density = self.density
-            method = self._once((method, layout), lambda: at.method.at_density(density, layout))
-        call = self._call(at, forward, layout, phase, q, k, valid, scale)
-        order = self._once(self._key("order", method, call, q), lambda: method.order(call).to(q.device))
-        call = call.at(order=order)
-        if self.full_plan_is_dense and method.is_static and type(method).attend is SparseProcessor.attend:
-            plan = method.planned(q, k, call)
-            if self._once(self._key("full", method, call, q), lambda: _is_full(plan)):
-                self._left_dense(at, forward, q, k, valid, "full plan")
-                return None
-        out = order.undo(method.attend(order.apply(q), order.apply(k), order.apply(v), call))
-        if torch.is_grad_enabled() and not forward.replays:
-            forward.caches[id(at)] = dict(call.cache)
-        return out
-
-    def _understand(
-        self, at: Attachment, forward: Forward, q: Tensor, k: Tensor, mask: Tensor | None, odd: bool
-    ) -> tuple[TokenLayout | None, Tensor | None, str]:
-        """(layout, key validity, "") of a call a method can honour, or (None, None, why not)."""
-        if odd:
-            return None, None, "causal, dropout, a block mask or context parallelism"
-        if k.shape[2] != q.shape[2]:
-            return None, None, f"{q.shape[2]} queries read {k.shape[2]} keys of another sequence"
-        layout, rest = forward.grid, q.shape[2] - forward.grid.sequence
-        if rest < 0 or (rest > 0 and not at.part.family.joint):
-            sizes = "x".join(map(str, layout.grid))
-            return None, None, f"the sequence has {q.shape[2]} tokens, the grid {sizes} has {layout.sequence}"
-        if rest:
-            layout = replace(layout, text=rest)
-        if mask is None:
-            return layout, None, ""
-        if id(mask) not in forward.masks:
-            forward.masks[id(mask)] = _key_validity(mask, q.shape[0], layout.sequence)
-        valid = forward.masks[id(mask)]
-        return (None, None, valid) if isinstance(valid, str) else (layout, valid, "")
-
-    def _call(
-        self,
-        at: Attachment,
-        forward: Forward,
-        layout: TokenLayout,
-        phase: Phase,
-        q: Tensor,
-        k: Tensor,
-        valid: Tensor | None,
-        scale: float | None,
-    ) -> Call:
-        tick, device, training = forward.tick, q.device, torch.is_grad_enabled()
-        if device not in self._backends:
-            chosen = resolve_backend(device) if self.backend == "auto" else (self.backend, "as asked")
-            self._backends[device] = chosen
-        backend = self._backends[device][0]
-        cache = self._memory.setdefault((at, tick.branch), {})
-        if forward.replays:
-            cache, phase = dict(forward.caches.get(id(at), {})), Phase.SPARSE
-
-        def on_run(plan: Plan, call: Call) -> None:
-            if forward.replays:
-                return
-            if valid is None and at.method.is_static:
-                pairs, every, _ = self._once(
-                    ("pairs", id(plan), call.order), lambda: (*call.pairs(plan), plan)
-                )
-            else:
-                pairs, every = call.pairs(plan)
-            self._record(at, forward, phase, backend, "", q).add(pairs, every, q.shape[0])
-
-        def plan_cache(method: SparseProcessor, make: Callable[[], Plan], call: Call) -> Plan:
-            def whole() -> Plan:
-                return _with_anchors(make(), call, at.part.anchors)
-
-            if method.is_static:
-                return self._once(self._key("plan", method, call, q), lambda: whole().to(device))
-            key = id(at), method
-            if forward.replays and key in forward.plans:
-                return forward.plans[key]
-            plan = whole()
-            if training:
-                forward.plans[key] = plan
-            return plan
-
-        return Call(
-            layout=layout,
-            layer=at.layer.index,
-            layers=at.layer.count,
-            name=at.layer.name,
-            step=tick.step,
-            steps=tick.steps,
-            branch=tick.branch,
-            phase=phase,
-            heads=q.shape[1],
-            kv_heads=k.shape[1],
-            scale=scale,
-            valid=valid,
-            seed=self.seed,
-            cache=cache,
-            part=at.module._modules.get("sparse_branch"),
-            backend=backend,
-            on_run=on_run,
-            plan_cache=plan_cache,
-        )
-
-    def _key(self, what: str, method: SparseProcessor, call: Call, q: Tensor) -> tuple[Any, ...]:
-        layer = (call.layer, call.name) if "layer" in method.reads else None
-        step = (call.step, call.steps) if "step" in method.reads else None
-        return what, method, call.layout, q.device, call.heads, layer, step
-
-    def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
-
-    def _left_dense(
-        self, at: Attachment, forward: Forward, q: Tensor, k: Tensor, valid: Tensor | None, reason: str
-    ) -> None:
-        """Record a call that the model computes itself."""
-        if not forward.replays:
-            keys = torch.tensor([[k.shape[2]]], device=q.device) if valid is None else valid.sum(-1)[:, None]
-            every = keys * q.shape[2]
-            self._record(at, forward, Phase.DENSE, "model", reason, q).add(every, every, q.shape[0])
-
-    def _record(
-        self, at: Attachment, forward: Forward, phase: Phase, backend: str, reason: str, q: Tensor
-    ) -> Record:
-        tick, layer = forward.tick, at.layer
-        where = Where(
-            at.part.name, tick.step, layer.index, layer.name, tick.branch, phase, backend, reason
-        )  # fmt: skip
-        return self._records.setdefault(where, Record(q.shape[1]))
-
 
 _SHADOWS = ("cache_context", "_reset_stateful_cache", "__deepcopy__")
-
-
-def _checkpointing(model: nn.Module) -> list[tuple[Any, Any]]:
-    found = ((m, m.__dict__.get("_gradient_checkpointing_func")) for m in model.modules())
-    return [(module, function) for module, function in found if function is not None]
-
-
-def _unwrap(module: Any, wrapper: _Checkpoint) -> None:
-    if module.__dict__.get("_gradient_checkpointing_func") is wrapper:
-        module._gradient_checkpointing_func = wrapper.stock
-
-
-def _is_full(plan: Plan) -> bool:
-    return plan.rule is None and bool((plan.counts == plan.keys).all())
-
-
-def _with_anchors(plan: Plan, call: Call, frames: int) -> Plan:
-    """Let every query block read the first ``frames`` frames of the grid."""
-    if not frames or call.order is None:
-        return plan
-    start = call.layout.grid_start
-    index = call.order.index
-    here = (index >= start) & (index < start + frames * call.layout.frame)
-    columns = fill_counts(here, plan.block[1]) > 0
-    return Plan.from_blocks(
-        plan.to_blocks() | columns[None, :, None].to(plan.indices.device), plan.block, plan.rule
-    )
-
-
-def _key_validity(mask: Tensor, batch: int, tokens: int) -> Tensor | str:
-    """Key validity bool [B or 1, S] of a mask that only hides keys, or the reason it is not one.
-
-    Accepts bool (True may be read), and additive masks whose entries are 0 or at most -1e4.
-    """
-    shape = tuple(mask.shape)
-    if mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == 1:
-        mask = mask[:, 0, 0]
-    elif mask.ndim == 3 and mask.shape[1] == 1:
-        mask = mask[:, 0]
-    if mask.ndim != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] != tokens:
-        return f"an attention mask of shape {shape} is no key-padding mask of {tokens} keys"
-    if mask.dtype == torch.bool:
-        return mask
-    if not bool(((mask == 0) | (mask <= -1e4)).all()):
-        return f"an additive attention mask of shape {shape} that does more than hide keys"
-    return mask == 0
 
 
 def apply(

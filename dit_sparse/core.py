@@ -16,7 +16,7 @@ from dit_sparse.method import Layer, SparseProcessor
 from dit_sparse.redirect import DISPATCH, SDPA, redirected
 
 
-class Router(Protocol):
+class Routes(Protocol):
     """What an attachment asks of its session."""
 
     def route(
@@ -36,7 +36,7 @@ class Router(Protocol):
 class Attachment:
     """One layer of one session."""
 
-    session: Router
+    router: Routes
     part: Any
     layer: Layer
     module: nn.Module
@@ -161,7 +161,7 @@ def _eager(
         or own.get("parallel_config") is not None
         or not (mask is None or isinstance(mask, Tensor))
     )
-    out = at.session.route(at, q, k, v, None if odd else mask, own["scale"], odd)
+    out = at.router.route(at, q, k, v, None if odd else mask, own["scale"], odd)
     return dense(query, key, value, **own) if out is None else _heads_first(out, kind)
 
 

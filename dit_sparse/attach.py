@@ -27,6 +27,7 @@ from dit_sparse.checkpointing import Checkpoint, checkpointing, wrap
 from dit_sparse.clock import Clock
 from dit_sparse.core import Attachment, Redirected
 from dit_sparse.kernels.ops import BACKENDS
+from dit_sparse.layout import TokenLayout
 from dit_sparse.method import Layer, SparseProcessor
 from dit_sparse.pipelines import Family, family_of
 from dit_sparse.router import Forward, Part, Router
@@ -77,6 +78,7 @@ class Session(Router):
         )
         self.parts: list[Part] = []
         self._clock = Clock(pipe)
+        self._grid: TokenLayout | None = None
         self._warned = False
         self._undo: list[Callable[[], object]] = []
         try:
@@ -225,6 +227,9 @@ class Session(Router):
         tick = self._clock.tick(arguments, grid, part.family.branches)
         if tick.first:
             self._records.clear()
+            if self._grid != grid:
+                self._made.clear()
+            self._grid = grid
             self._look_for_drift()
         if tick.first or tick.step is None:
             # Without a clock nothing tells one run from the next, so nothing is remembered between forwards.

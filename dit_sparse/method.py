@@ -235,6 +235,13 @@ class SparseProcessor:
         """The method's trainable part for one layer, or None."""
         return None
 
+    def __call__(self, *_: Any, **__: Any) -> Tensor:
+        """A method is attached to a model, which tells it the grid; as one layer's processor it knows nothing."""
+        raise ValueError(
+            f"{type(self).__name__} cannot be one layer's processor: use model.set_attn_processor(...), which "
+            "takes a dict for a choice of layers, or dit_sparse.apply(pipe, ...)"
+        )
+
     def select(self, q: Tensor, k: Tensor, call: Call) -> Plan:
         """From model-order q, k [B, H, S, D]: order them, then :meth:`plan`."""
         order = self.order(call).to(q.device)

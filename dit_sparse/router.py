@@ -46,7 +46,7 @@ class Forward:
     grid: TokenLayout
     tick: Tick
     replays: bool = False
-    masks: dict[int, Tensor | str] = field(default_factory=dict)
+    masks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     plans: dict[Any, Plan] = field(default_factory=dict)
     caches: dict[int, dict[str, Any]] = field(default_factory=dict)
 
@@ -157,10 +157,14 @@ class Router:
             layout = replace(layout, text=rest)
         if mask is None:
             return layout, None, ""
-        if id(mask) not in forward.masks:
-            forward.masks[id(mask)] = _key_validity(mask, q.shape[0], layout.sequence)
-        valid = forward.masks[id(mask)]
-        return (None, None, valid) if isinstance(valid, str) else (layout, valid, "")
+        if id(mask) in forward.masks:
+            return layout, forward.masks[id(mask)][1], ""
+        valid = _key_validity(mask, q.shape[0], layout.sequence)
+        if isinstance(valid, str):
+            return None, None, valid
+        # The mask is kept with what was read from it, so that its id cannot become another's.
+        forward.masks[id(mask)] = mask, valid
+        return layout, valid, ""
 
     def _call(
         self,

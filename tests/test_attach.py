@@ -372,3 +372,11 @@ def test_triton_peft_and_torchmetrics_are_optional() -> None:
         "block_sparse_attention(q, q, q, method.select(q, q, call))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@torch.no_grad()
+def test_a_method_is_no_processor_of_one_layer() -> None:
+    model = tiny.wan()
+    model.blocks[0].attn1.set_processor(RADIAL)
+    with pytest.raises(ValueError, match=r"RadialProcessor cannot be one layer's processor: use model\.set_attn"):
+        model(**tiny.wan_inputs())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 
 import torch
@@ -74,20 +74,22 @@ class Order:
             raise ValueError(f"this order has {self.slots} slots, got a sequence of {x.shape[2]}")
         if self.identity:
             return x
-        places = self._places()
+        places = self._places
         if places.shape[0] == 1:
             return x.index_select(2, places[0])
         slots = broadcast_heads(places[None], x.shape[1])
         return x.gather(2, slots[..., None].expand(x.shape[0], x.shape[1], -1, x.shape[3]))
 
+    @cached_property
     def _places(self) -> Tensor:
         """int64 [1 or KV heads, S]: the slot of each token."""
-        cached = self.__dict__.get("places")
-        if cached is None:
-            # Holes sort first, so the last S entries of the stable argsort are the slots of tokens 0..S-1.
-            cached = self.index.argsort(dim=-1, stable=True)[:, self.slots - self.tokens :]
-            object.__setattr__(self, "places", cached)
-        return cached
+        # Holes sort first, so the last S entries of the stable argsort are the slots of tokens 0..S-1.
+        return self.index.argsort(dim=-1, stable=True)[:, self.slots - self.tokens :]
+
+    @cached_property
+    def _here(self) -> Tensor:
+        """bool [1, 1 or KV heads, S']: slots with a token. One tensor, so that kernels may cache by it."""
+        return (self.index >= 0)[None]
 
     def valid(self, valid: Tensor | None = None) -> Tensor:
         """Which slots hold a token that may be a key.
@@ -98,7 +100,7 @@ class Order:
         Returns:
             bool [B or 1, H or 1, S'].
         """
-        here = (self.index >= 0)[None]
+        here = self._here
         if valid is None:
             return here
         if valid.dtype != torch.bool or valid.shape[-1] != self.tokens or valid.ndim > 3:

@@ -1,0 +1,74 @@
+"""What attaching costs by itself: the transformer with an all-kept plan against the stock one.
+
+    python -m dit_sparse.eval.latency --pairs 20
+
+times alternating forward passes of the bundled model in one process and prints the median ratio and its
+spread, once with the shortcut that leaves an all-kept plan to the model's own call and once with every block
+computed by the block-sparse kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def alternate(first: Callable[[], Any], second: Callable[[], Any], pairs: int) -> list[float]:
+    """Seconds of ``first`` over seconds of ``second`` for ``pairs`` runs in turn, after one untimed run of each."""
+    first(), second()
+    ratios = []
+    for _ in range(pairs):
+        seconds = []
+        for run in (first, second):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+        ratios.append(seconds[0] / seconds[1])
+    return ratios
+
+
+def overhead(frames: int, pairs: int, full_plan_is_dense: bool) -> list[float]:
+    """Attached over stock, transformer forward passes of the bundled model at ``frames`` latent frames."""
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    import dit_sparse
+    from dit_sparse.pipelines.tiny import DEFAULT, MODEL_DIR
+
+    models: list[Any] = [
+        WanTransformer3DModel.from_pretrained(MODEL_DIR, subfolder="transformer", torch_dtype=torch.float32)
+        for _ in range(2)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    channels, height, width = models[0].config.in_channels, DEFAULT["height"] // 4, DEFAULT["width"] // 4
+    inputs = {
+        "hidden_states": torch.randn(1, channels, frames, height, width, generator=generator),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 32, models[0].config.text_dim, generator=generator),
+    }
+    with torch.no_grad(), dit_sparse.apply(models[0], "dense", block=64, schedule="always") as session:
+        session.full_plan_is_dense = full_plan_is_dense
+        return alternate(*[lambda model=model: model(**inputs) for model in models], pairs=pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pairs", type=int, default=20, help="timed pairs")
+    parser.add_argument("--frames", type=int, default=33, help="latent frames of 128 tokens")
+    args = parser.parse_args()
+    for shortcut in (True, False):
+        ratios = sorted(overhead(args.frames, args.pairs, shortcut))
+        low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
+        how = "the model's own call" if shortcut else "every block through the kernels"
+        print(
+            f"{how}: median {statistics.median(ratios):.3f}, 10-90 % {low:.3f}-{high:.3f}, {len(ratios)} pairs"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,415 @@
+"""One conformance suite over every backend, and what each of them promises beyond it.
+
+The Triton backend takes part on a GPU (``-m gpu``), and on the CPU in a process under TRITON_INTERPRET=1:
+``test_triton_under_the_interpreter`` starts one.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dit_sparse.kernels import block_sparse_attention
+from dit_sparse.kernels.ops import BACKENDS, resolve_backend
+from dit_sparse.plan import Plan
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available()
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
+TESTED = [
+    pytest.param("cpu", "cpu", id="cpu"),
+    pytest.param("flex", "cpu", id="flex"),
+    *([pytest.param("triton", "cpu", id="triton")] if INTERPRETED else []),
+    pytest.param("flex", "cuda", id="flex-cuda", marks=GPU),
+    pytest.param("triton", "cuda", id="triton-cuda", marks=GPU),
+]
+REFERENCE = pytest.param("reference", "cpu", id="reference")
+# RMS of the error over RMS of the result, against float64. One bound per dtype, from its unit roundoff.
+BOUND = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+LSE_BOUND = {torch.float32: 5e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes of one comparison; ``plan`` and ``valid`` are the (batch, heads) of those two."""
+
+    queries: int
+    keys: int
+    head_dim: int
+    block: tuple[int, int]
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 2
+    plan: tuple[int, int] = (1, 1)
+    valid: tuple[int, int] | None = None
+
+    def __str__(self):
+        heads = f"{self.heads}of{self.kv_heads}" if self.heads != self.kv_heads else str(self.heads)
+        valid = "" if self.valid is None else f"-valid{self.valid[0]}x{self.valid[1]}"
+        return (
+            f"{self.queries}x{self.keys}-D{self.head_dim}-block{self.block[0]}x{self.block[1]}"
+            f"-B{self.batch}-H{heads}-plan{self.plan[0]}x{self.plan[1]}{valid}"
+        )
+
+
+CASES = [
+    Case(63, 63, 16, (16, 16)),
+    Case(127, 127, 24, (32, 32), batch=2, plan=(1, 2)),
+    Case(200, 200, 40, (64, 32), batch=2, plan=(2, 2)),
+    Case(300, 300, 48, (24, 40), plan=(1, 2), valid=(1, 1)),
+    Case(63, 127, 64, (32, 32), batch=2, heads=4, kv_heads=2, plan=(2, 4), valid=(2, 1)),
+    Case(200, 63, 128, (64, 32), heads=4, kv_heads=2, valid=(1, 2)),
+    Case(128, 192, 48, (32, 64), batch=2, heads=4, kv_heads=1, plan=(2, 1), valid=(2, 4)),
+    Case(40, 96, 3, (1, 16), plan=(1, 2)),
+    Case(160, 160, 160, (160, 160), heads=1, kv_heads=1, valid=(1, 1)),
+]
+
+
+def make(case, dtype=torch.float32, device="cpu", seed=0):
+    """q, k, v, plan and valid of a case. Row 1 of the plan is empty, and key block 1 is all holes."""
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(case.batch, case.heads, case.queries, case.head_dim, generator=g)
+    k = torch.randn(case.batch, case.kv_heads, case.keys, case.head_dim, generator=g)
+    v = torch.randn(case.batch, case.kv_heads, case.keys, case.head_dim, generator=g)
+    rows, columns = -(-case.queries // case.block[0]), -(-case.keys // case.block[1])
+    keep = torch.rand(*case.plan, rows, columns, generator=g) < 0.6
+    keep[:, :, 0] = True
+    if rows > 1:
+        keep[0, 0, 1] = False
+    valid = None
+    if case.valid is not None:
+        valid = torch.rand(*case.valid, case.keys, generator=g) < 0.8
+        valid[0, :, case.block[1] : 2 * case.block[1]] = False
+        valid[..., : min(case.block[1], case.keys - 1)] = True
+    plan = Plan.from_blocks(keep, case.block).to(device)
+    tensors = [x.to(device, dtype) for x in (q, k, v)]
+    return *tensors, plan, None if valid is None else valid.to(device)
+
+
+def rms(x):
+    return x.double().square().mean().sqrt().item()
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Uninitialised memory holds NaN, so a backend that forgets to write shows."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def fill(x):
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
+
+
+def check(backend, device, case, dtype):
+    if backend == "flex" and device == "cuda" and (case.block[0] % 16 or case.block[1] % 16):
+        pytest.skip("flex on a GPU needs blocks of a multiple of 16 tokens")
+    q, k, v, plan, valid = make(case, dtype, device)
+    truth, truth_lse = block_sparse_attention(
+        q.double(), k.double(), v.double(), plan, valid=valid, backend="reference"
+    )
+    out, lse = block_sparse_attention(q, k, v, plan, valid=valid, backend=backend)
+    assert out.shape == q.shape
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    assert lse.shape == q.shape[:3]
+    assert lse.dtype == torch.float32
+    empty = truth_lse == float("-inf")
+    assert torch.equal(lse == float("-inf"), empty)
+    assert not out[empty].any()
+    assert rms(out - truth) <= BOUND[dtype] * rms(truth)
+    assert rms((lse - truth_lse)[~empty]) <= LSE_BOUND[dtype] * rms(truth_lse[~empty])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("backend", "device"), [*TESTED, REFERENCE])
+def test_agrees_with_float64(backend, device, case, poisoned):
+    check(backend, device, case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(("backend", "device"), TESTED)
+def test_low_precision(backend, device, dtype, poisoned):
+    if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the Triton interpreter has no bfloat16 product")
+    check(backend, device, CASES[5], dtype)
+    check(backend, device, CASES[6], dtype)
+
+
+@pytest.mark.parametrize(("backend", "device"), [*TESTED, REFERENCE])
+def test_full_plan_is_dense_attention(backend, device):
+    q, k, v, _, _ = make(CASES[1], device=device)
+    plan = Plan.from_blocks(torch.ones(4, 4, dtype=torch.bool), 32).to(device)
+    out, lse = block_sparse_attention(q, k, v, plan, scale=0.3, backend=backend)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, scale=0.3), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(lse, (q @ k.mT * 0.3).logsumexp(-1), atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("backend", "device"), [*TESTED, REFERENCE])
+@pytest.mark.parametrize("cause", ["plan", "valid"])
+def test_nothing_to_read(backend, device, cause):
+    q, k, v, plan, _ = make(CASES[0], device=device)
+    valid = torch.full((1, 1, 63), cause == "plan", device=device)
+    if cause == "plan":
+        plan = Plan.from_blocks(torch.zeros(4, 4, dtype=torch.bool), 16).to(device)
+    out, lse = block_sparse_attention(q, k, v, plan, valid=valid, backend=backend)
+    assert not out.any()
+    assert (lse == float("-inf")).all()
+
+
+@pytest.mark.parametrize(("backend", "device"), TESTED)
+def test_takes_strided_inputs_and_aliases_none(backend, device):
+    q, k, v, plan, _ = make(CASES[0], device=device)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    out, lse = block_sparse_attention(*strided, plan, backend=backend)
+    torch.testing.assert_close(out, block_sparse_attention(q, k, v, plan, backend=backend)[0])
+    assert out.is_contiguous()
+    assert lse.is_contiguous()
+    inputs = {x.untyped_storage().data_ptr() for x in strided}
+    assert not inputs & {out.untyped_storage().data_ptr(), lse.untyped_storage().data_ptr()}
+
+
+@dataclass(frozen=True)
+class Near:
+    """A rule for tests: |q - k| <= reach on original positions."""
+
+    reach: int
+
+    def __call__(self, q, k):
+        return (q - k).abs() <= self.reach
+
+
+@pytest.mark.parametrize("backend", ["cpu", "flex"])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_rule_on_original_positions(backend, heads):
+    q, k, v, plan, valid = make(CASES[3])
+    plan = Plan(plan.indices, plan.counts, plan.block, plan.keys, rule=Near(40))
+    g = torch.Generator().manual_seed(1)
+    positions = torch.stack([torch.randperm(300, generator=g) for _ in range(heads)])
+    want, want_lse = block_sparse_attention(
+        q, k, v, plan, valid=valid, positions=positions, backend="reference"
+    )
+    out, lse = block_sparse_attention(q, k, v, plan, valid=valid, positions=positions, backend=backend)
+    torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(lse, want_lse, atol=5e-6, rtol=1e-5)
+
+
+def test_reference_is_a_masked_softmax():
+    """The definition itself, spelled out token by token."""
+    q, k, v, plan, valid = make(CASES[4])
+    out, lse = block_sparse_attention(q, k, v, plan, valid=valid, scale=0.2, backend="reference")
+    kept = plan.to_blocks()
+    for b, h, i in [(0, 0, 0), (0, 0, 40), (1, 3, 62), (1, 2, 17)]:
+        keys = [j for j in range(127) if kept[b, h, i // 32, j // 32] and valid[b, 0, j]]
+        scores = torch.stack([0.2 * q[b, h, i] @ k[b, h // 2, j] for j in keys]) if keys else torch.empty(0)
+        want = scores.softmax(0) @ v[b, h // 2, keys] if keys else torch.zeros(64)
+        torch.testing.assert_close(out[b, h, i], want, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(lse[b, h, i], scores.logsumexp(0), atol=2e-6, rtol=1e-5)
+
+
+def gradients(backend, tensors, plan, valid, positions=None):
+    q, k, v = (x.detach().clone().requires_grad_() for x in tensors)
+    out, lse = block_sparse_attention(q, k, v, plan, valid=valid, positions=positions, backend=backend)
+    g = torch.Generator().manual_seed(2)
+    weight = torch.randn(out.shape, generator=g, dtype=torch.float64)
+    lse_weight = torch.randn(lse.shape, generator=g, dtype=torch.float64)
+    # An empty query's lse is -inf whatever its inputs: it takes no part in a loss.
+    finite = torch.where(lse == float("-inf"), 0, lse)
+    loss = (out * weight).sum() + (finite * lse_weight).sum()
+    return torch.autograd.grad(loss, (q, k, v))
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[4], CASES[6]], ids=str)
+def test_cpu_gradients(case):
+    q, k, v, plan, valid = make(case)
+    want = gradients("reference", [x.double() for x in (q, k, v)], plan, valid)
+    for name, got, exact in zip("qkv", gradients("cpu", (q, k, v), plan, valid), want, strict=True):
+        assert got.dtype == torch.float32
+        assert rms(got - exact) <= 5e-6 * rms(exact), f"gradient of {name}"
+
+
+def test_cpu_gradients_under_a_rule():
+    q, k, v, plan, valid = make(CASES[3])
+    plan = Plan(plan.indices, plan.counts, plan.block, plan.keys, rule=Near(9))
+    positions = torch.randperm(300, generator=torch.Generator().manual_seed(3))[None]
+    want = gradients("reference", [x.double() for x in (q, k, v)], plan, valid, positions)
+    for got, exact in zip(gradients("cpu", (q, k, v), plan, valid, positions), want, strict=True):
+        assert rms(got - exact) <= 5e-6 * rms(exact)
+
+
+def test_cpu_gradients_of_one_output():
+    q, k, v, plan, _ = make(CASES[0])
+    q.requires_grad_()
+    out, lse = block_sparse_attention(q, k, v, plan, backend="cpu")
+    (a,) = torch.autograd.grad(out.sum(), q, retain_graph=True)
+    (b,) = torch.autograd.grad(lse[lse > float("-inf")].sum(), q)
+    assert a.isfinite().all()
+    assert b.isfinite().all()
+    assert b.any()
+
+
+def test_cpu_low_precision_gradients():
+    tensors = make(CASES[1])
+    plan = tensors[3]
+    want = gradients("reference", [x.bfloat16().double() for x in tensors[:3]], plan, None)
+    got = gradients("cpu", [x.bfloat16() for x in tensors[:3]], plan, None)
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == torch.bfloat16
+        assert rms(g - w) <= 1e-2 * rms(w)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gradcheck(backend):
+    case = Case(9, 11, 3, (4, 3), heads=2, kv_heads=1, plan=(1, 2), valid=(1, 1))
+    q, k, v, plan, valid = make(case)
+
+    def run(q, k, v):
+        out, lse = block_sparse_attention(q, k, v, plan, valid=valid, backend=backend)
+        return out, torch.where(lse == float("-inf"), 0, lse)
+
+    inputs = [x.double().requires_grad_() for x in (q, k, v)]
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_cpu_sees_a_mask_changed_in_place():
+    """The grouping of rows is cached per plan and mask, and must not outlive either's content."""
+    q, k, v, plan, valid = make(CASES[3])
+    before, _ = block_sparse_attention(q, k, v, plan, valid=valid, backend="cpu")
+    valid[..., 100:] = False
+    out, _ = block_sparse_attention(q, k, v, plan, valid=valid, backend="cpu")
+    want, _ = block_sparse_attention(q, k, v, plan, valid=valid, backend="reference")
+    assert not torch.equal(out, before)
+    torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
+
+
+def test_cpu_cuts_work_to_its_memory_budget(monkeypatch):
+    monkeypatch.setattr("dit_sparse.kernels.cpu.BYTES_PER_THREAD", 1)
+    check("cpu", "cpu", CASES[4], torch.float32)
+
+
+ERRORS = {
+    "shared dtype": (lambda a: a.update(k=a["k"].double()), "k is torch.float64"),
+    "axes": (lambda a: a.update(q=a["q"][0]), "q must have 4 axes"),
+    "kv shapes": (lambda a: a.update(v=a["v"][:, :1]), "k and v must have one shape"),
+    "head dim": (lambda a: a.update(q=a["q"][..., :8]), "differ in batch or head dim"),
+    "head multiple": (lambda a: a.update(q=a["q"][:, :1]), "multiple of key/value heads, got 1 and 2"),
+    "query blocks": (lambda a: a.update(q=a["q"][:, :, :40]), "4 query blocks of 16, but 40 .* fill 3"),
+    "key blocks": (
+        lambda a: a.update(k=a["k"][:, :, :40], v=a["v"][:, :, :40]),
+        "4 key blocks of 16, but 40 .* fill 3",
+    ),
+    "plan heads": (
+        lambda a: a.update(plan=Plan.from_blocks(torch.ones(3, 4, 4, dtype=torch.bool), 16)),
+        "3 heads, expected 1 or 1 and 1 or 2",
+    ),
+    "valid": (
+        lambda a: a.update(valid=torch.ones(63, dtype=torch.bool)),
+        r"valid must be bool \[1 or 1, 1 or 2 or 2, 63\]",
+    ),
+    "scale": (lambda a: a.update(scale=-1.0), "above zero, got -1.0"),
+    "backend": (lambda a: a.update(backend="cuda"), "unknown backend 'cuda', known are auto, reference, cpu"),
+    "wide": (
+        lambda a: a.update({n: torch.zeros(1, 2, 63, 257) for n in "qkv"}),
+        "head dim must lie in 1..256, got 257",
+    ),
+    "positions": (
+        lambda a: a.update(
+            plan=Plan.from_blocks(torch.ones(4, 4, dtype=torch.bool), 16, Near(3)), positions=torch.arange(63)
+        ),
+        r"positions must be int64 \[1 or 2 or 2, 63\]",
+    ),
+    "rule": (
+        lambda a: a.update(
+            plan=Plan.from_blocks(torch.ones(4, 4, dtype=torch.bool), 16, Near(3)), backend="triton"
+        ),
+        r"'triton' cannot honour the rule Near\(reach=3\).*use one of cpu, flex, reference",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_say_what_came_and_what_was_expected(name):
+    break_it, message = ERRORS[name]
+    q, k, v, plan, _ = make(CASES[0])
+    arguments = {"q": q, "k": k, "v": v, "plan": plan, "backend": "cpu"}
+    break_it(arguments)
+    with pytest.raises(ValueError, match=message):
+        block_sparse_attention(**arguments)
+
+
+def test_flex_refuses_gradients_on_the_cpu():
+    q, k, v, plan, _ = make(CASES[0])
+    with pytest.raises(ValueError, match="no gradients on the CPU; use backend 'cpu'"):
+        block_sparse_attention(q.requires_grad_(), k, v, plan, backend="flex")
+
+
+@pytest.mark.parametrize(
+    ("device", "arguments", "backend"),
+    [
+        ("cpu", {}, "cpu"),
+        ("cpu", {"needs_grad": True, "needs_lse": True, "rule": Near(1)}, "cpu"),
+        ("cuda", {"rule": Near(1)}, "flex"),
+        ("cuda", {"needs_grad": True}, "flex"),
+        ("cuda:1", {}, "triton"),
+        ("mps", {}, "reference"),
+    ],
+)
+def test_resolve_backend(device, arguments, backend):
+    pytest.importorskip("triton")
+    name, why = resolve_backend(device, **arguments)
+    assert name == backend
+    assert name in BACKENDS
+    assert why
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this process is the one under the interpreter")
+def test_triton_under_the_interpreter():
+    pytest.importorskip("triton")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        __file__,
+        "-k",
+        "triton",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this process is the one under the interpreter")
+def test_triton_refuses_cpu_tensors():
+    pytest.importorskip("triton")
+    q, k, v, plan, _ = make(CASES[0])
+    with pytest.raises(ValueError, match="needs tensors on a GPU, got cpu"):
+        block_sparse_attention(q, k, v, plan, backend="triton")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs where the Triton backend takes CPU tensors")
+def test_triton_backward_is_refused():
+    q, k, v, plan, _ = make(CASES[0])
+    out, _ = block_sparse_attention(q.requires_grad_(), k, v, plan, backend="triton")
+    with pytest.raises(NotImplementedError, match="triton backend has no backward"):
+        out.sum().backward()
+
+
+def test_works_without_triton():
+    program = (
+        "import sys; sys.modules['triton'] = None; import torch\n"
+        "from dit_sparse.kernels import block_sparse_attention; from dit_sparse.plan import Plan\n"
+        "plan = Plan.from_blocks(torch.ones(2, 2, dtype=torch.bool), 16)\n"
+        "q = torch.randn(1, 1, 32, 8); out, _ = block_sparse_attention(q, q, q, plan)\n"
+        "torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, q, q))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

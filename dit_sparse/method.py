@@ -236,10 +236,10 @@ class SparseProcessor:
         return None
 
     def __call__(self, *_: Any, **__: Any) -> Tensor:
-        """A method is attached to a model, which tells it the grid; as one layer's processor it knows nothing."""
+        """A method is attached to a model, which tells it the grid; one layer's processor knows nothing."""
         raise ValueError(
-            f"{type(self).__name__} cannot be one layer's processor: use model.set_attn_processor(...), which "
-            "takes a dict for a choice of layers, or dit_sparse.apply(pipe, ...)"
+            f"{type(self).__name__} cannot be one layer's processor: use model.set_attn_processor(...), "
+            "which takes a dict for a choice of layers, or dit_sparse.apply(pipe, ...)"
         )
 
     def select(self, q: Tensor, k: Tensor, call: Call) -> Plan:

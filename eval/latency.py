@@ -17,7 +17,7 @@ from typing import Any
 
 
 def alternate(first: Callable[[], Any], second: Callable[[], Any], pairs: int) -> list[float]:
-    """Seconds of ``first`` over seconds of ``second`` for ``pairs`` runs in turn, after one untimed run of each."""
+    """Seconds of ``first`` over seconds of ``second``, ``pairs`` runs in turn after an untimed one of each."""
     first(), second()
     ratios = []
     for _ in range(pairs):
@@ -63,11 +63,10 @@ def main() -> None:
     args = parser.parse_args()
     for shortcut in (True, False):
         ratios = sorted(overhead(args.frames, args.pairs, shortcut))
-        low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
+        middle, tenth = statistics.median(ratios), len(ratios) // 10
+        low, high = ratios[tenth], ratios[-1 - tenth]
         how = "the model's own call" if shortcut else "every block through the kernels"
-        print(
-            f"{how}: median {statistics.median(ratios):.3f}, 10-90 % {low:.3f}-{high:.3f}, {len(ratios)} pairs"
-        )
+        print(f"{how}: median {middle:.3f}, 10-90 % {low:.3f}-{high:.3f}, {len(ratios)} pairs")
 
 
 if __name__ == "__main__":

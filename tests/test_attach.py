@@ -378,5 +378,5 @@ def test_triton_peft_and_torchmetrics_are_optional() -> None:
 def test_a_method_is_no_processor_of_one_layer() -> None:
     model = tiny.wan()
     model.blocks[0].attn1.set_processor(RADIAL)
-    with pytest.raises(ValueError, match=r"RadialProcessor cannot be one layer's processor: use model\.set_attn"):
+    with pytest.raises(ValueError, match=r"RadialProcessor cannot be one layer's processor: use model\.set"):
         model(**tiny.wan_inputs())

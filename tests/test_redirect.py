@@ -78,7 +78,7 @@ def test_line_numbers_are_those_of_the_models_file() -> None:
 def test_what_has_no_source_is_refused() -> None:
     space: dict[str, Any] = {}
     exec(
-        "class NoSource:\n    def __call__(self, a, x):\n        return F.scaled_dot_product_attention(x, x, x)",
+        "class NoSource:\n    def __call__(self, a, x):\n        F.scaled_dot_product_attention(x, x, x)",
         space,
     )
     with pytest.raises(ValueError, match=r"source of NoSource\.__call__ is needed"):

@@ -158,7 +158,7 @@ class Session(Router):
             module.load_state_dict(own)
 
     def _attach(self, name: str, model: nn.Module, family: Family) -> None:
-        part = Part(name, model, family, signature(type(model).forward), family.anchors(model))
+        part = Part(name, model, family, signature(type(model).forward))
         self.parts.append(part)
         uncovered = []
         for path, index, count in family.layers(model):
@@ -242,7 +242,7 @@ class Session(Router):
                 "dit_sparse.apply(pipe, ...) and call the pipeline to have them",
                 stacklevel=2,
             )
-        part.forward = Forward(grid, tick)
+        part.forward = Forward(grid, tick, part.family.anchors(part.model, arguments))
         if torch.is_grad_enabled():
             self._undo += wrap(part)
 

@@ -47,7 +47,7 @@ def checkpointing(model: nn.Module) -> list[tuple[Any, Any]]:
 
 def wrap(part: Part) -> list[Callable[[], None]]:
     """Wrap what is not wrapped yet; returns how to undo it."""
-    undo = []
+    undo: list[Callable[[], None]] = []
     for module, function in checkpointing(part.model):
         if not isinstance(function, Checkpoint):
             module._gradient_checkpointing_func = wrapper = Checkpoint(part, function)

@@ -90,6 +90,7 @@ class Clock:
         scheduler = getattr(self._pipe() if self._pipe is not None else None, "scheduler", None)
         if getattr(scheduler, "num_inference_steps", None) is None:
             return None, None
+        assert scheduler is not None
         timesteps = scheduler.timesteps
         if hasattr(scheduler, "step_index"):
             index = scheduler.step_index

@@ -134,8 +134,8 @@ class Call:
                 value = make()
             self.cache[name] = (value.pack() if isinstance(value, Plan) else value, self.step)
             return value
-        kept: Any = found[0]
-        return kept.unpack() if isinstance(kept, PackedPlan) else kept
+        kept: Any = found[0].unpack() if isinstance(found[0], PackedPlan) else found[0]
+        return kept
 
     def made_at(self, name: str) -> int | None:
         """The step at which the remembered value was made; None without one."""

@@ -30,7 +30,6 @@ class Part:
     model: nn.Module
     family: Family
     arguments: Signature
-    anchors: int
     layers: list[Attachment] = field(default_factory=list)
     forward: Forward | None = None
 
@@ -45,6 +44,7 @@ class Forward:
 
     grid: TokenLayout
     tick: Tick
+    anchors: int
     replays: bool = False
     masks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     plans: dict[Any, Plan] = field(default_factory=dict)
@@ -132,8 +132,12 @@ class Router:
         order = self._once(self._key("order", method, call, q), lambda: method.order(call).to(q.device))
         call = call.at(order=order)
         if self.full_plan_is_dense and method.is_static and type(method).attend is SparseProcessor.attend:
-            plan = method.planned(q, k, call)
-            if self._once(self._key("full", method, call, q), lambda: _is_full(plan)):
+            # A plan is made for ordered q and k: an order with holes has more slots than tokens.
+            full = self._once(
+                (*self._key("full", method, call, q), forward.anchors),
+                lambda: _is_full(method.planned(order.apply(q), order.apply(k), call)),
+            )
+            if full:
                 self._left_dense(at, forward, q, k, valid, "full plan")
                 return None
         out = order.undo(method.attend(order.apply(q), order.apply(k), order.apply(v), call))
@@ -200,16 +204,17 @@ class Router:
 
         def plan_cache(method: SparseProcessor, make: Callable[[], Plan], call: Call) -> Plan:
             def whole() -> Plan:
-                return _with_anchors(make(), call, at.part.anchors)
+                return _with_anchors(make(), call, forward.anchors)
 
             if method.is_static:
-                return self._once(self._key("plan", method, call, q), lambda: whole().to(device))
-            key = id(at), method
-            if forward.replays and key in forward.plans:
-                return forward.plans[key]
+                key = *self._key("plan", method, call, q), forward.anchors
+                return self._once(key, lambda: whole().to(device))
+            mine = id(at), method
+            if forward.replays and mine in forward.plans:
+                return forward.plans[mine]
             plan = whole()
             if training:
-                forward.plans[key] = plan
+                forward.plans[mine] = plan
             return plan
 
         return Call(

@@ -13,11 +13,12 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 
 def alternate(first: Callable[[], Any], second: Callable[[], Any], pairs: int) -> list[float]:
-    """Seconds of ``first`` over seconds of ``second``, ``pairs`` runs in turn after an untimed one of each."""
+    """Seconds of ``first`` over those of ``second``, ``pairs`` runs in turn after an untimed one of each."""
     first(), second()
     ratios = []
     for _ in range(pairs):
@@ -51,7 +52,7 @@ def overhead(frames: int, pairs: int, full_plan_is_dense: bool) -> list[float]:
     }
     with torch.no_grad(), dit_sparse.apply(models[0], "dense", block=64, schedule="always") as session:
         session.full_plan_is_dense = full_plan_is_dense
-        return alternate(*[lambda model=model: model(**inputs) for model in models], pairs=pairs)
+        return alternate(partial(models[0], **inputs), partial(models[1], **inputs), pairs)
 
 
 def main() -> None:

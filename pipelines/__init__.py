@@ -2,8 +2,9 @@
 
 from importlib import import_module
 
-from dit_sparse.pipelines.family import Checkpoint, Family, Preset
 from torch import nn
+
+from dit_sparse.pipelines.family import Checkpoint, Family, Preset
 
 __all__ = ["FAMILIES", "Checkpoint", "Family", "Preset", "family_of"]
 

@@ -55,8 +55,8 @@ class Family:
         layout: (model, bound arguments of its forward) -> TokenLayout; ``text`` is left 0 and, where
             ``joint``, completed from the sequence the attention call sees.
         joint: Text tokens share the sequence.
-        anchors: model -> leading latent frames that every query must be able to read (the given image of
-            image-to-video models).
+        anchors: (model, bound arguments) -> leading latent frames every query must be able to read (the image
+            of image-to-video models).
         branches: Names of the forward passes of a step, in call order, where the pipeline gives none.
         schedule: The default schedule.
         presets: (method, size) -> {"quality", "balanced", "fast"} -> Preset.
@@ -68,7 +68,7 @@ class Family:
     layers: Callable[[nn.Module], list[tuple[str, int, int]]]
     layout: Callable[[nn.Module, Mapping[str, Any]], TokenLayout]
     joint: bool = False
-    anchors: Callable[[nn.Module], int] = lambda model: 0
+    anchors: Callable[[nn.Module, Mapping[str, Any]], int] = lambda model, arguments: 0
     branches: tuple[str, ...] = ("cond", "uncond")
     schedule: str = "dense 0-25%"
     presets: Mapping[tuple[str, str], Mapping[str, Preset]] = field(default_factory=dict)

@@ -1,0 +1,396 @@
+"""One video with a sparse method, beside the dense one where asked: what ``dit-sparse generate`` does.
+
+Everything is checked before weights are loaded. Files appear whole, at the end, or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_sparse.request import (
+    EXAMPLE,
+    Choice,
+    Request,
+    check_flags,
+    choice_of,
+    device_of,
+    flat,
+    read_image,
+    settings_of,
+)
+
+if TYPE_CHECKING:
+    from dit_sparse.attach import Session
+    from dit_sparse.pipelines.load import Source
+
+
+@dataclass
+class Run:
+    """One run of a pipeline.
+
+    Args:
+        frames: uint8 [F, H, W, 3].
+        seconds: Of the whole call, and in the parts of the pipeline.
+        attention: Seconds inside the self-attention core calls; None where they were not timed.
+        session: The session it ran in, detached by now; its report stays readable.
+    """
+
+    frames: Any
+    seconds: dict[str, float]
+    attention: float | None = None
+    session: Session | None = None
+
+
+def generate(asked: Request) -> None:
+    """Check, load, run, write, tell."""
+    from dit_sparse.pipelines.load import TINY, find
+
+    check_flags(asked)
+    device = device_of(asked)
+    source = find(asked.model)
+    if asked.prompt is None and asked.model != TINY:
+        raise ValueError(f"--prompt is missing: what should {asked.model} show?")
+    settings = settings_of(asked, source)
+    choice = None if asked.is_stock else choice_of(asked, source, settings)
+    pipe = _load(asked, source, device, settings)
+    call = _call(asked, source, settings)
+
+    dense = None
+    if asked.compare_dense:
+        say("one untimed step of each")
+        short = {**call, "num_inference_steps": 1, "output_type": "latent"}
+        with _removed(_attached(pipe, asked, choice, "always")):
+            _run(pipe, short, asked, None)
+        _run(pipe, short, asked, None)
+        dense = _dense_run(pipe, call, asked)
+    with _removed(None if choice is None else _attached(pipe, asked, choice, choice.schedule)) as session:
+        run = _run(pipe, call, asked, asked.method)
+        run.session = session
+    manifest = _manifest(asked, source, settings, choice, run, dense, pipe)
+    _write(asked, manifest, run, dense)
+    _tell(asked, manifest, run)
+
+
+def _load(asked: Request, source: Source, device: str, settings: Mapping[str, Any]) -> Any:
+    """The pipeline, placed and prepared, with stock attention."""
+    import torch
+
+    from dit_sparse.pipelines.load import load
+
+    name = asked.dtype
+    if name == "auto":
+        name = "float32" if device == "cpu" else "bfloat16"
+    say(f"loading {asked.model} on {device} in {name}")
+    pipe, _ = load(source, dtype=getattr(torch, name), image=asked.image is not None)
+    for i, lora in enumerate(asked.lora or ()):
+        _add_lora(pipe, lora, f"lora_{i}")
+    if asked.lora:
+        pipe.set_adapters([f"lora_{i}" for i in range(len(asked.lora))])
+    if settings["flow_shift"] is not None:
+        _set_flow_shift(pipe, settings["flow_shift"])
+    if asked.offload == "none":
+        pipe.to(device)
+    elif asked.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif asked.offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        # The autoencoder is small, and its cached convolutions are not made for being moved leaf by leaf.
+        pipe.enable_group_offload(
+            onload_device=torch.device(device),
+            offload_type="leaf_level",
+            use_stream=True,
+            exclude_modules=["vae"],
+        )
+    if asked.compile:
+        for model in _transformers(pipe):
+            model.compile_repeated_blocks(fullgraph=True)
+    return pipe
+
+
+def _add_lora(pipe: Any, lora: str, name: str) -> None:
+    try:
+        pipe.load_lora_weights(lora, adapter_name=name)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"--lora {lora} cannot be loaded: {flat(error)}") from error
+    if not any(name in adapters for adapters in pipe.get_list_adapters().values()):
+        raise ValueError(f"--lora {lora} has no weights for {type(pipe).__name__}")
+
+
+def _set_flow_shift(pipe: Any, value: float) -> None:
+    config = pipe.scheduler.config
+    name = next((n for n in ("flow_shift", "shift") if n in config), None)
+    if name is None:
+        raise ValueError(f"--flow-shift: {type(pipe.scheduler).__name__} has no shift")
+    pipe.scheduler = type(pipe.scheduler).from_config(config, **{name: value})
+
+
+def _transformers(pipe: Any) -> list[Any]:
+    found = (pipe.components.get(name) for name in ("transformer", "transformer_2"))
+    return [model for model in found if model is not None]
+
+
+def _call(asked: Request, source: Source, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of the pipeline's call."""
+    call = {n: v for n, v in settings.items() if n not in ("fps", "flow_shift")}
+    call["prompt"] = EXAMPLE if asked.prompt is None else asked.prompt
+    if asked.negative_prompt is not None:
+        call["negative_prompt"] = asked.negative_prompt
+    if asked.image is not None:
+        from PIL import ImageOps
+
+        image = ImageOps.fit(read_image(asked.image), (call["width"], call["height"]))
+        if source.pipeline_class(True) == "WanVACEPipeline":
+            call["reference_images"] = [image]
+        else:
+            call["image"] = image
+    return call
+
+
+def _attached(pipe: Any, asked: Request, choice: Choice | None, schedule: str) -> Session:
+    import dit_sparse
+
+    assert choice is not None
+    return dit_sparse.apply(
+        pipe,
+        asked.method,
+        density=asked.density,
+        schedule=schedule,
+        backend=asked.backend,
+        seed=asked.seed,
+        **choice.parameters,
+    )
+
+
+@contextmanager
+def _removed(session: Session | None) -> Iterator[Session | None]:
+    """The session for the time of a block; None is the stock model."""
+    try:
+        yield session
+    finally:
+        if session is not None:
+            session.remove()
+
+
+def _dense_run(pipe: Any, call: Mapping[str, Any], asked: Request) -> Run:
+    """The dense video, with the time inside its self-attention core calls.
+
+    It runs through a session whose schedule leaves every call to the model: bit for bit the stock model, and
+    every core call (softmax attention alone: no projections, no rotation, no cross-attention) can be timed on
+    its way. Under ``torch.compile`` a timer would break the graph: there the plain stock model runs, untimed.
+    """
+    import dit_sparse
+    from dit_sparse.stopwatch import span_timer, spanned
+
+    if asked.compile:
+        return _run(pipe, call, asked, "dense")
+    spans: list[tuple[Any, Any]] = []
+    with _removed(dit_sparse.apply(pipe, "dense", schedule="dense 0-100%")) as session:
+        assert session is not None
+        read, total = span_timer(pipe)
+        for part in session.parts:
+            for layer in part.layers:
+                layer.processor._core = spanned(layer.processor._core, read, spans)
+        run = _run(pipe, call, asked, "dense")
+        run.attention = total(spans)
+    return run
+
+
+def _run(pipe: Any, call: Mapping[str, Any], asked: Request, name: str | None) -> Run:
+    """One timed run from the seed's noise; ``name`` is shown at its progress bar, None shows none."""
+    import torch
+
+    from dit_sparse.stopwatch import Stopwatch
+
+    pipe.set_progress_bar_config(disable=name is None, desc=name)
+    generator = torch.Generator().manual_seed(asked.seed)
+    with Stopwatch(pipe) as watch:
+        start = watch.now()
+        out = pipe(**{"output_type": "np", **call}, generator=generator).frames
+        total = watch.now() - start
+    if name is None:
+        return Run(None, {})
+    video = torch.as_tensor(out[0])
+    if not video.isfinite().all():
+        raise ValueError("the model made values that are no numbers; try --dtype bfloat16 or float32")
+    seconds = {"total": total, **watch.seconds}
+    return Run((video * 255).round().to(torch.uint8), seconds)
+
+
+def _manifest(
+    asked: Request,
+    source: Source,
+    settings: Mapping[str, Any],
+    choice: Choice | None,
+    run: Run,
+    dense: Run | None,
+    pipe: Any,
+) -> dict[str, Any]:
+    """What was asked, on what, and what came of it."""
+    import torch
+
+    device = pipe._execution_device
+    is_cuda = device.type == "cuda"
+    method: dict[str, Any] = {"name": "dense"}
+    density = {"full_run": 1.0, "sparse_calls": 1.0}
+    if choice is not None and run.session is not None:
+        report = run.session.report()
+        density = {"full_run": report.density, "sparse_calls": report.sparse_density}
+        method = {
+            "name": asked.method,
+            "parameters": choice.parameters,
+            "requested_density": asked.density,
+            "schedule": choice.schedule,
+            "preset": choice.preset,
+            "source": choice.source,
+            "backend": report.about["backend"],
+        }
+    return {
+        "format": 1,
+        "versions": {
+            "dit-sparse": version("dit-sparse"),
+            **{name: version(name) for name in ("torch", "diffusers", "transformers")},
+            "python": platform.python_version(),
+        },
+        "model": {
+            "asked": asked.model,
+            "location": "in the package" if source.size == "tiny" else source.location,
+            "revision": None if Path(source.location).is_dir() else source.folder.name,
+            "pipeline": type(pipe).__name__,
+            "size": source.size,
+            "lora": asked.lora or [],
+        },
+        "prompt": EXAMPLE if asked.prompt is None else asked.prompt,
+        "negative_prompt": asked.negative_prompt,
+        "image": None if asked.image is None else str(asked.image),
+        "seed": asked.seed,
+        "settings": dict(settings),
+        "device": {
+            "name": torch.cuda.get_device_name(device) if is_cuda else f"{platform.machine()} CPU",
+            "threads": torch.get_num_threads(),
+            "dtype": str(_transformers(pipe)[0].dtype).removeprefix("torch."),
+            "offload": asked.offload,
+            "compile": asked.compile,
+        },
+        "method": method,
+        "density": density,
+        "seconds": run.seconds,
+        "comparison": None if dense is None else _compared(run, dense),
+    }
+
+
+def _write(asked: Request, manifest: Mapping[str, Any], run: Run, dense: Run | None) -> None:
+    """Every file, all or none."""
+    import torch
+
+    from dit_sparse.video import staged, write_video
+
+    fps = manifest["settings"]["fps"]
+    with staged() as stage:
+        write_video(stage(asked.output), run.frames, fps)
+        stage(asked.manifest).write_text(json.dumps(manifest, indent=1) + "\n")
+        if dense is not None:
+            write_video(stage(asked.comparison), torch.cat([dense.frames, run.frames], dim=2), fps)
+        if run.session is not None and asked.report is not None:
+            stage(asked.report).write_text(run.session.report().to_json() + "\n")
+
+
+def _compared(run: Run, dense: Run) -> dict[str, Any]:
+    """Times and fidelity of a run beside the dense one, and Amdahl's bound on its speed-up."""
+    from dit_sparse.eval.fidelity import identical_frames, psnr, ssim
+
+    decibels = psnr(run.frames, dense.frames)
+    assert run.session is not None
+    total = dense.seconds["total"]
+    share = None if dense.attention is None else dense.attention / total
+    density = run.session.report().density
+    return {
+        "dense_seconds": dense.seconds,
+        "speed_up": total / run.seconds["total"],
+        "attention_share": share,
+        "amdahl_bound": None if share is None else 1 / (1 - share + share * density),
+        "psnr": decibels if isfinite(decibels) else None,
+        "ssim": ssim(run.frames, dense.frames),
+        "frames": len(run.frames),
+        "identical_frames": identical_frames(run.frames, dense.frames),
+    }
+
+
+def _tell(asked: Request, manifest: Mapping[str, Any], run: Run) -> None:
+    """What came of it, on standard output."""
+    settings, density = manifest["settings"], manifest["density"]
+    lines = [
+        (
+            str(asked.output),
+            f"{len(run.frames)} frames of {settings['height']}x{settings['width']} at {settings['fps']} fps, "
+            f"seed {asked.seed}; manifest {asked.manifest}",
+        )
+    ]
+    if run.session is not None:
+        method = manifest["method"]
+        backend = method["backend"].split(" (")[0]
+        lines += [
+            ("method", f"{asked.method}, {method['schedule']}; backend {backend}"),
+            (
+                "density",
+                f"full run {density['full_run']:.3f}, sparse calls alone {density['sparse_calls']:.3f}",
+            ),
+        ]
+    lines.append(("seconds", _parts(manifest["seconds"])))
+    comparison = manifest["comparison"]
+    if comparison is not None:
+        lines += [
+            ("dense", _parts(comparison["dense_seconds"])),
+            ("speed-up", _speed_up(comparison, density["full_run"])),
+            ("fidelity", _fidelity(comparison)),
+            (str(asked.comparison), "dense left, sparse right"),
+        ]
+    if asked.report is not None:
+        lines.append((str(asked.report), "what ran, call by call"))
+    wide = max(len(label) for label, _ in lines)
+    for label, text in lines:
+        print(f"{label:<{wide}}  {text}")
+    if run.session is not None and not run.session.report().sparse_rows:
+        reasons = sorted({row.where.reason for row in run.session.report().rows})
+        say(f"note: no call ran sparse ({', '.join(reasons)})")
+
+
+def _parts(seconds: Mapping[str, float]) -> str:
+    rest = seconds["total"] - sum(v for n, v in seconds.items() if n != "total")
+    parts = [f"{n.replace('_', ' ')} {v:.2f}" for n, v in seconds.items() if n != "total"]
+    return f"{seconds['total']:.2f}: {', '.join(parts)}, rest {rest:.2f}"
+
+
+def _speed_up(comparison: Mapping[str, Any], density: float) -> str:
+    """The measured factor beside the bound that density and dense attention share put on it."""
+    measured = f"{comparison['speed_up']:.2f}x end to end, one run each"
+    share = comparison["attention_share"]
+    if share is None:
+        return f"{measured}; no bound under --compile, where attention is not timed"
+    return (
+        f"{measured}; Amdahl's bound is {comparison['amdahl_bound']:.2f}x "
+        f"(self-attention takes {share:.0%} of the dense run, density {density:.3f})"
+    )
+
+
+def _fidelity(comparison: Mapping[str, Any]) -> str:
+    decibels = comparison["psnr"]
+    psnr = "no frame differs" if decibels is None else f"PSNR {decibels:.2f} dB"
+    return (
+        f"{psnr}, SSIM {comparison['ssim']:.4f} to the dense video before compression; "
+        f"{comparison['identical_frames']} of {comparison['frames']} frames identical"
+    )
+
+
+def say(text: str) -> None:
+    """A line on the error stream, where progress goes; the result goes to standard output."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,261 @@
+"""What is asked of ``dit-sparse generate``, checked before any weights are loaded."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dit_sparse.pipelines.load import Source
+
+EXAMPLE = "a red circle moving left and a blue square moving up on a gray background"
+STOCK = ("dense", "none")
+PRESETS = ("quality", "balanced", "fast")
+OFFLOADS = ("none", "model", "sequential", "group")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What was asked on the command line."""
+
+    model: str
+    prompt: str | None
+    negative_prompt: str | None
+    image: Path | None
+    lora: list[str] | None
+    method: str
+    density: float | None
+    preset: str | None
+    schedule: str | None
+    param: list[str] | None
+    backend: str
+    height: int | None
+    width: int | None
+    num_frames: int | None
+    steps: int | None
+    guidance_scale: float | None
+    flow_shift: float | None
+    seed: int
+    dtype: str
+    device: str
+    offload: str
+    compile: bool
+    output: Path
+    compare_dense: bool
+    report: Path | None
+
+    @property
+    def is_stock(self) -> bool:
+        return self.method in STOCK
+
+    @property
+    def manifest(self) -> Path:
+        return self.output.with_suffix(".json")
+
+    @property
+    def comparison(self) -> Path:
+        return self.output.with_name(f"{self.output.stem}_compare.mp4")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The method's parameters and schedule, and where the numbers come from."""
+
+    parameters: dict[str, Any]
+    schedule: str
+    preset: str | None
+    source: str
+
+
+def check_flags(asked: Request) -> None:
+    """What can be told without looking at the model."""
+    from dit_sparse.kernels.ops import BACKENDS
+    from dit_sparse.processors import METHODS
+    from dit_sparse.schedule import Schedule
+    from dit_sparse.video import check_writable
+
+    if not asked.is_stock:
+        _one_of("--method", asked.method, (*STOCK, *(m for m in METHODS if m not in STOCK)))
+    if asked.preset is not None:
+        _one_of("--preset", asked.preset, PRESETS)
+    _one_of("--offload", asked.offload, OFFLOADS)
+    _one_of("--dtype", asked.dtype, DTYPES)
+    _one_of("--backend", asked.backend, ("auto", *BACKENDS))
+    for name in ("height", "width", "num_frames", "steps"):
+        value = getattr(asked, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if asked.density is not None and not 0 < asked.density <= 1:
+        raise ValueError(f"--density must be above 0 and at most 1, got {asked.density:g}")
+    for name in ("guidance_scale", "flow_shift"):
+        value = getattr(asked, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {value:g}")
+    if asked.schedule is not None:
+        Schedule.parse(asked.schedule)
+    if asked.is_stock:
+        for name in ("density", "preset", "schedule", "param", "report", "compare_dense"):
+            if getattr(asked, name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} needs a sparse method, got --method {asked.method}"
+                )
+    if asked.image is not None:
+        read_image(asked.image)
+    for lora in asked.lora or ():
+        if not Path(lora).exists() and (lora.count("/") != 1 or lora.endswith(".safetensors")):
+            raise ValueError(f"--lora {lora} does not exist, and it is no Hub id (owner/name)")
+    if asked.output.suffix.lower() != ".mp4":
+        raise ValueError(f"--output must end in .mp4, got {asked.output}")
+    if asked.report is not None:
+        if asked.report.suffix.lower() != ".json":
+            raise ValueError(f"--report must end in .json, got {asked.report}")
+        if asked.report.absolute() == asked.manifest.absolute():
+            raise ValueError(f"--report {asked.report} is where the manifest goes; give another name")
+        check_writable("--report", asked.report)
+    for path in (asked.output, asked.manifest):
+        check_writable("--output", path)
+
+
+def device_of(asked: Request) -> str:
+    import torch
+
+    device = asked.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {asked.device}")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: this machine shows {torch.cuda.device_count()} CUDA devices")
+    if asked.offload != "none" and kind == "cpu":
+        raise ValueError(f"--offload {asked.offload} moves weights to a GPU and back, but the device is cpu")
+    return device
+
+
+def settings_of(asked: Request, source: Source) -> dict[str, Any]:
+    """Keywords of the call, ``fps`` and ``flow_shift``: the pipeline's defaults, the model's, the flags."""
+    import diffusers
+
+    own = signature(getattr(diffusers, source.pipeline_class(asked.image is not None)).__call__).parameters
+    names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+    settings: dict[str, Any] = {**{n: own[n].default for n in names}, "fps": 16, "flow_shift": None}
+    if source.checkpoint is not None:
+        settings.update(source.checkpoint.defaults)
+    flags = {
+        "height": asked.height,
+        "width": asked.width,
+        "num_frames": asked.num_frames,
+        "num_inference_steps": asked.steps,
+        "guidance_scale": asked.guidance_scale,
+        "flow_shift": asked.flow_shift,
+    }
+    settings.update({name: value for name, value in flags.items() if value is not None})
+    if asked.guidance_scale is not None:
+        settings.pop("guidance_scale_2", None)
+    if asked.image is not None and asked.height is None and asked.width is None:
+        settings["height"], settings["width"] = _shape_of(asked.image, settings, source.multiples)
+    frames, height, width = source.multiples
+    over = (settings["num_frames"] - 1) % frames
+    if over:
+        below = settings["num_frames"] - over
+        raise ValueError(
+            f"--num-frames must be one above a multiple of {frames} for {asked.model}, got "
+            f"{settings['num_frames']}; nearest are {below} and {below + frames}"
+        )
+    for name, multiple in (("height", height), ("width", width)):
+        if settings[name] % multiple:
+            below = settings[name] // multiple * multiple
+            near = f"nearest are {below} and {below + multiple}" if below else f"the smallest is {multiple}"
+            raise ValueError(
+                f"--{name} must be a multiple of {multiple} for {asked.model}, got {settings[name]}; {near}"
+            )
+    grid, limit = grid_of(source, settings), source.transformer.get("rope_max_seq_len", 1024)
+    if max(grid) > limit:
+        raise ValueError(
+            f"{asked.model} knows {limit} positions per axis; frames, height and width come to {grid} tokens"
+        )
+    return settings
+
+
+def grid_of(source: Source, settings: Mapping[str, Any]) -> tuple[int, int, int]:
+    return source.grid(settings["num_frames"], settings["height"], settings["width"])
+
+
+def _shape_of(image: Path, settings: Mapping[str, Any], multiples: tuple[int, int, int]) -> tuple[int, int]:
+    """Height and width of about the model's own area in the proportions of an image."""
+    width, height = read_image(image).size
+    scale = (settings["height"] * settings["width"] / (width * height)) ** 0.5
+    tall, wide = (
+        max(1, round(n * scale / m)) * m for n, m in zip((height, width), multiples[1:], strict=True)
+    )
+    return tall, wide
+
+
+def choice_of(asked: Request, source: Source, settings: Mapping[str, Any]) -> Choice:
+    """The method's setting out of preset and flags, tried on the token grid of the video."""
+    from dit_sparse.layout import TokenLayout
+    from dit_sparse.processors import METHODS
+
+    presets = source.family.presets.get((asked.method, source.size or ""))
+    if presets is None and asked.preset is not None:
+        raise ValueError(f"there are no presets for {asked.method} on {asked.model}; leave --preset out")
+    preset = presets[asked.preset or "balanced"] if presets else None
+    parameters = {**(preset.parameters if preset else {}), **_parameters(asked.param or ())}
+    cls = METHODS[asked.method]
+    known = [f.name for f in fields(cls)]
+    for name in parameters:
+        if name not in known:
+            raise ValueError(
+                f"--param {name}: {asked.method} has no such parameter; it has {', '.join(known)}"
+            )
+    try:
+        processor = cls(**parameters)
+    except TypeError as error:
+        raise ValueError(f"--param: {asked.method} does not take {parameters}: {error}") from None
+    if asked.density is not None and "density" not in known:
+        processor.at_density(asked.density, TokenLayout(grid_of(source, settings)))
+    if preset is None:
+        return Choice(parameters, asked.schedule or source.family.schedule, None, "the method's own defaults")
+    return Choice(parameters, asked.schedule or preset.schedule, asked.preset or "balanced", preset.source)
+
+
+def _parameters(pairs: list[str] | tuple[()]) -> dict[str, Any]:
+    """``["block=64", "variant=head"]`` as Python values."""
+    found = {}
+    for pair in pairs:
+        name, sign, text = pair.partition("=")
+        if not sign or not name:
+            raise ValueError(f"--param must be NAME=VALUE, got {pair!r}")
+        try:
+            found[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            found[name] = text
+    return found
+
+
+def read_image(path: Path) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"--image {path} does not exist") from None
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"--image {path} cannot be read: {flat(error)}") from None
+
+
+def _one_of(flag: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{flag} must be one of {', '.join(known)}, got {value!r}")
+
+
+def flat(error: BaseException) -> str:
+    """A message on one line; markers under a quoted line go."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(line for line in lines if line.strip("^~ ")) or type(error).__name__

@@ -36,6 +36,7 @@ class Clock:
         self._last: tuple[int | None, TokenLayout] | None = None
         self._stopped_at: int | None = None
         self._forwards = 0
+        self._branches: set[str] = set()
 
     def listen(self, model: Any) -> dict[str, Callable[..., Any]]:
         """Instance attributes that let the clock hear what diffusers tells a model about the run."""
@@ -78,7 +79,9 @@ class Clock:
         last, self._last = self._last, (step, grid)
         first = last is None or last[1] != grid or (last[0] is None) != (step is None)
         if not first and step is not None and last is not None and last[0] is not None:
-            first = step < last[0]
+            # The same branch again at the same step: a run that was broken off has been started anew.
+            first = step < last[0] or (step == last[0] and name in self._branches)
+        self._branches = {*(self._branches if not first and last and last[0] == step else ()), name} - {""}
         if not name and step is None:
             name = branches[0]
         elif not name:

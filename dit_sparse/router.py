@@ -108,11 +108,7 @@ class Router:
         odd: bool,
     ) -> Tensor | None:
         """One attention call: the sparse result [B, H, S, D], or None when the model's own call is to run."""
-        forward = at.part.forward
-        if forward is None:
-            raise ValueError(
-                f"{at.layer.name} was called on its own: its transformer's forward tells the grid"
-            )
+        forward = at.part.forward or _NOWHERE
         layout, valid, reason = self._understand(at, forward, q, k, mask, odd)
         if layout is None:
             if self.strict:
@@ -149,6 +145,8 @@ class Router:
         self, at: Attachment, forward: Forward, q: Tensor, k: Tensor, mask: Tensor | None, odd: bool
     ) -> tuple[TokenLayout | None, Tensor | None, str]:
         """(layout, key validity, "") of a call a method can honour, or (None, None, why not)."""
+        if forward is _NOWHERE:
+            return None, None, "called outside its transformer's forward, which tells the grid"
         if odd:
             return None, None, "causal, dropout, a block mask or context parallelism"
         if k.shape[2] != q.shape[2]:
@@ -265,6 +263,9 @@ class Router:
             at.part.name, tick.step, layer.index, layer.name, tick.branch, phase, backend, reason
         )  # fmt: skip
         return self._records.setdefault(where, Record(q.shape[1]))
+
+
+_NOWHERE = Forward(TokenLayout((1, 1, 1)), Tick(None, None, "cond", False), 0)
 
 
 def _is_full(plan: Plan) -> bool:

@@ -181,9 +181,22 @@ def test_a_run_that_was_interrupted_leaves_nothing_behind() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tiny.run_wan(pipe, callback_on_step_end=stop)
+        tiny.run_wan(pipe, callback_on_step_end=stop, generator=torch.Generator().manual_seed(1))
     assert torch.equal(tiny.run_wan(pipe), whole)
-    assert len(session.report().rows) == 4 * 3 * 2
+    rows = session.report().rows
+    assert len(rows) == 4 * 3 * 2
+    assert all(row.calls == 1 for row in rows)
+
+
+@torch.no_grad()
+def test_a_layer_on_its_own_runs_dense_and_says_why() -> None:
+    model, x = tiny.wan(), tiny.randn(1, 120, 24)
+    stock = model.blocks[0].attn1(x)
+    session = dit_sparse.apply(model, RADIAL, schedule="always")
+    assert torch.equal(model.blocks[0].attn1(x), stock)
+    assert [r.where.reason for r in session.report().rows] == [
+        "called outside its transformer's forward, which tells the grid"
+    ]
 
 
 def test_replaced_processors_are_noticed() -> None:

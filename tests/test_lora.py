@@ -14,11 +14,11 @@ from dit_sparse.pipelines.tiny.data import clips
 
 
 def losses(checkpointing: bool, steps: int) -> tuple[list[float], list[torch.Tensor], dit_sparse.Session]:
-    """Adapt the model to four clips drawn upside down, at fixed noise and times."""
+    """Adapt the model to two clips drawn upside down, at fixed noise and times."""
     from diffusers import WanPipeline
 
     pipe: Any = WanPipeline.from_pretrained(MODEL_DIR, torch_dtype=torch.float32)
-    video, captions = clips(seed=7, start=0, count=4, frames=17)
+    video, captions = clips(seed=7, start=0, count=2, frames=17)
     mean, std = (
         torch.tensor(v).view(1, -1, 1, 1, 1)
         for v in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
@@ -27,7 +27,7 @@ def losses(checkpointing: bool, steps: int) -> tuple[list[float], list[torch.Ten
         x0 = (pipe.vae.encode(video.flip(-2)).latent_dist.mode() - mean) / std
         text, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=32)
     torch.manual_seed(0)
-    noise, t = torch.randn_like(x0), torch.tensor([0.3, 0.5, 0.7, 0.9])
+    noise, t = torch.randn_like(x0), torch.tensor([0.4, 0.8])
     noisy = (1 - t.view(-1, 1, 1, 1, 1)) * x0 + t.view(-1, 1, 1, 1, 1) * noise
 
     model = pipe.transformer.train().requires_grad_(False)
@@ -39,7 +39,7 @@ def losses(checkpointing: bool, steps: int) -> tuple[list[float], list[torch.Ten
     if checkpointing:
         model.enable_gradient_checkpointing()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=3e-3)
+    optimizer = torch.optim.AdamW(parameters, lr=5e-3)
     values = []
     for _ in range(steps):
         out = model(noisy, t * 1000, text, return_dict=False)[0]
@@ -52,7 +52,7 @@ def losses(checkpointing: bool, steps: int) -> tuple[list[float], list[torch.Ten
 
 
 def test_lora_learns_through_sparse_attention() -> None:
-    values, _, session = losses(checkpointing=False, steps=15)
+    values, _, session = losses(checkpointing=False, steps=8)
     report = session.report()
     assert len(report.sparse_rows) == len(report.rows) == 8
     assert report.sparse_density < 0.7

@@ -87,6 +87,13 @@ class Denoiser(nn.Module):
         self.tokenizer = tokenizer()
         nn.init.zeros_(self.transformer.proj_out.weight)
 
+    def load_pipeline(self, folder: Path) -> None:
+        """Take the weights of an exported pipeline."""
+        for name in ("transformer", "text_encoder"):
+            module = getattr(self, name)
+            kept = type(module).from_pretrained(folder, subfolder=name, torch_dtype=torch.float32)
+            module.load_state_dict(kept.state_dict())
+
     def encode(self, captions: list[str], length: int) -> Tensor:
         """Text embeddings [B, length, TEXT_DIM] as `WanPipeline` makes them: zeros after a caption's end."""
         tokens = self.tokenizer(captions, padding=True, return_tensors="pt")

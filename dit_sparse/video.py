@@ -51,7 +51,7 @@ def staged() -> Iterator[Callable[[Path], Path]]:
 
 
 def check_writable(flag: str, path: Path) -> None:
-    """Make and remove a file where :func:`staged` would.
+    """Make and remove a file where :func:`staged` would; folders that are missing are made and stay.
 
     Raises:
         ValueError: A file cannot appear at this path; the message starts with ``flag``.
@@ -60,6 +60,7 @@ def check_writable(flag: str, path: Path) -> None:
         raise ValueError(f"{flag} {path} is a folder")
     trial = _partial(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         trial.touch()
         trial.unlink()
     except OSError as error:

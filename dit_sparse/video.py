@@ -63,6 +63,8 @@ def check_writable(flag: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         trial.touch()
         trial.unlink()
+    except FileExistsError:
+        raise ValueError(f"{flag} {path} cannot be written: {path.parent} is no folder") from None
     except OSError as error:
         raise ValueError(f"{flag} {path} cannot be written: {error.strerror}") from None
 

@@ -123,8 +123,8 @@ def train(args: argparse.Namespace) -> None:
     _, total = stage_of(args.plan, 0)
     vae = AutoencoderKLWan.from_pretrained(args.vae).eval()
     model = Denoiser()
-    if args.start:
-        model.load_pipeline(args.start)
+    if args.weights:
+        model.load_pipeline(args.weights)
     if args.compile:
         for block in model.transformer.blocks:
             block.compile(dynamic=False)
@@ -192,7 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--vae", type=Path, required=True, help="finished autoencoder (vae.py --finish)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--start", type=Path, help="begin with the weights of this pipeline folder")
+    parser.add_argument("--weights", type=Path, help="begin with those of this pipeline folder")
     parser.add_argument(
         "--plan", default=PLAN, help="'STEPS:FRAMESxBATCH,... ...', frames in latents; %(default)s"
     )

@@ -8,6 +8,7 @@ The folder holds nothing of this package: plain `diffusers.WanPipeline.from_pret
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -127,6 +128,11 @@ def export(autoencoder: AutoencoderKLWan, denoiser: Denoiser, folder: Path) -> N
     for name in ("model_index.json", "tokenizer/tokenizer_config.json"):
         text = (partial / name).read_text()
         (partial / name).write_text(text.replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    # Where a part was loaded from is nobody's business.
+    for path in partial.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
     partial.chmod(0o755)
     if folder.exists():
         shutil.rmtree(folder)

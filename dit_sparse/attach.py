@@ -353,13 +353,14 @@ def _transformers(pipe: Any) -> dict[str, nn.Module]:
 
 def apply_dict(model: Any, processors: dict[str, Any], stock: Callable[[Any, Any], None]) -> None:
     """``set_attn_processor`` with a dict that mixes methods and stock processors."""
+    names = set(model.attn_processors)
+    if set(processors) != names:
+        missing, unknown = sorted(names - set(processors)), sorted(set(processors) - names)
+        raise ValueError(f"a dict of processors must name every layer: missing {missing}, unknown {unknown}")
     attached = session(model)
     if attached is not None:
         attached.remove()
     present = model.attn_processors
-    if set(processors) != set(present):
-        missing, unknown = sorted(set(present) - set(processors)), sorted(set(processors) - set(present))
-        raise ValueError(f"a dict of processors must name every layer: missing {missing}, unknown {unknown}")
     sparse = {k: p for k, p in processors.items() if isinstance(p, SparseProcessor)}
     stock(model, {k: present[k] if k in sparse else p for k, p in processors.items()})
     apply(model, sparse)
@@ -368,12 +369,10 @@ def apply_dict(model: Any, processors: dict[str, Any], stock: Callable[[Any, Any
 def release_for(model: Any, processor: Any) -> None:
     """End the model's session before stock processors are set; its own redirected ones may be set again."""
     attached = session(model)
+    if attached is None:
+        return
+    own = [at.processor for part in attached.parts for at in part.layers]
     given = list(processor.values()) if isinstance(processor, dict) else [processor]
-    if attached is not None and not all(p in _own(attached) for p in given if isinstance(p, Redirected)):
-        given = []
-    if attached is not None and not any(isinstance(p, Redirected) for p in given):
+    redirected = [p for p in given if isinstance(p, Redirected)]
+    if not redirected or not all(p in own for p in redirected):
         attached.remove()
-
-
-def _own(attached: Session) -> list[Any]:
-    return [at.processor for part in attached.parts for at in part.layers]

@@ -20,7 +20,6 @@ from typer.testing import CliRunner, Result
 
 from dit_sparse import generate, request
 from dit_sparse.cli import app
-from dit_sparse.pipelines import tiny
 
 REPO = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 SIZE = ["--height", "64", "--width", "96", "--num-frames", "17", "--steps", "4"]
@@ -395,9 +394,6 @@ def test_a_hub_id_out_of_an_offline_cache(folder: Path, tmp_path: Path) -> None:
     assert decoded(tmp_path / "cat.mp4").shape == (17, 64, 96, 3)
 
 
-@pytest.mark.skipif(
-    not (tiny.MODEL_DIR / "model_index.json").is_file(), reason="the bundled model is not in this checkout"
-)
 def test_the_bundled_model_is_the_default(tmp_path: Path) -> None:
     result = run("generate", "--num-frames", 9, "--steps", 3, "--output", tmp_path / "a.mp4")
     assert result.exit_code == 0, result.output

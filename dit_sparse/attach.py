@@ -356,7 +356,10 @@ def apply_dict(model: Any, processors: dict[str, Any], stock: Callable[[Any, Any
     names = set(model.attn_processors)
     if set(processors) != names:
         missing, unknown = sorted(names - set(processors)), sorted(set(processors) - names)
-        raise ValueError(f"a dict of processors must name every layer: missing {missing}, unknown {unknown}")
+        raise ValueError(
+            f"the number of processors, {len(processors)}, or their names do not match the {len(names)} "
+            f"attention layers: missing {missing}, unknown {unknown}"
+        )
     attached = session(model)
     if attached is not None:
         attached.remove()
@@ -366,13 +369,12 @@ def apply_dict(model: Any, processors: dict[str, Any], stock: Callable[[Any, Any
     apply(model, sparse)
 
 
-def release_for(model: Any, processor: Any) -> None:
-    """End the model's session before stock processors are set; its own redirected ones may be set again."""
+def release_for(model: Any, given: list[Any]) -> None:
+    """End the model's session once processors that are no methods were set; its own ones may be set again."""
     attached = session(model)
     if attached is None:
         return
     own = [at.processor for part in attached.parts for at in part.layers]
-    given = list(processor.values()) if isinstance(processor, dict) else [processor]
     redirected = [p for p in given if isinstance(p, Redirected)]
     if not redirected or not all(p in own for p in redirected):
         attached.remove()

@@ -273,8 +273,9 @@ def install_seam() -> None:
         elif isinstance(processor, dict) and any(isinstance(p, SparseProcessor) for p in processor.values()):
             attach.apply_dict(self, dict(processor), stock)
         else:
-            attach.release_for(self, processor)
-            stock(self, processor)
+            given = list(processor.values()) if isinstance(processor, dict) else [processor]
+            stock(self, processor)  # first, so that a dict it refuses leaves the session as it was
+            attach.release_for(self, given)
 
     set_attn_processor.dit_sparse_seam = True  # type: ignore[attr-defined]
     mixin.set_attn_processor = set_attn_processor

@@ -62,6 +62,20 @@ def test_stock_processors_end_the_session() -> None:
     assert dit_sparse.session(model) is None
 
 
+@pytest.mark.parametrize("value", ["stock", "method"])
+def test_a_dict_that_is_refused_leaves_the_session_as_it_was(value: str) -> None:
+    model = tiny.wan()
+    stock = dict(model.attn_processors)
+    model.set_attn_processor(RADIAL)
+    session = dit_sparse.session(model)
+    assert session is not None
+    (name, processor), *_ = stock.items()
+    with pytest.raises(ValueError, match="number of processors"):
+        model.set_attn_processor({name: processor if value == "stock" else RADIAL})
+    assert dit_sparse.session(model) is session
+    assert session.active
+
+
 def test_a_second_attach_replaces_the_first() -> None:
     model = tiny.wan()
     first = dit_sparse.apply(model, RADIAL)
@@ -90,7 +104,7 @@ def test_a_dict_may_mix_methods_and_stock_processors() -> None:
     assert {r.where.name for r in session.report().rows} == {"blocks.1.attn1", "blocks.2.attn1"}
     assert len(rows(session, Phase.SPARSE)) == 2
     mixed.popitem()
-    with pytest.raises(ValueError, match=r"must name every layer: missing \['blocks.2.attn2.processor'\]"):
+    with pytest.raises(ValueError, match=r"processors, 5, .*: missing \['blocks.2.attn2.processor'\]"):
         model.set_attn_processor(mixed)
 
 

@@ -18,7 +18,8 @@ def losses(checkpointing: bool, steps: int) -> tuple[list[float], list[torch.Ten
     from diffusers import WanPipeline
 
     pipe: Any = WanPipeline.from_pretrained(MODEL_DIR, torch_dtype=torch.float32)
-    video, captions = clips(seed=7, start=0, count=2, frames=17)
+    video, scenes = clips(seed=7, start=0, count=2, frames=17)
+    captions = [scene.caption for scene in scenes]
     mean, std = (
         torch.tensor(v).view(1, -1, 1, 1, 1)
         for v in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)

@@ -50,6 +50,7 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 # the three kinds about the same area.
 REACH = {"circle": (1.0, 1.0, 1.0, 1.0), "square": (0.89,) * 4, "triangle": (1.21, 1.21, 1.4, 0.7)}
 SHAPES = tuple(REACH)
+MEANINGS = (*COLOURS, *SHAPES, *DIRECTIONS)
 WORDS = ("a", "moving", "and", "on", "background", *COLOURS, *BACKGROUNDS, *SHAPES, *DIRECTIONS)
 
 
@@ -158,12 +159,10 @@ def sample(seed: int, index: int, *, held_out: bool = False) -> Scene:
             return place(scene, rng)
 
 
-def render(scene: Scene, frames: int) -> Tensor:
-    """The video, float32 [frames, HEIGHT, WIDTH, 3] in 0..1."""
+def covers(scene: Scene, frames: int) -> Tensor:
+    """How much of each pixel each shape covers, float32 [shapes, frames, HEIGHT, WIDTH] in 0..1."""
     y, x = torch.meshgrid(torch.arange(HEIGHT) + 0.5, torch.arange(WIDTH) + 0.5, indexing="ij")
-    along = (x / WIDTH - 0.5) * np.cos(scene.angle) + (y / HEIGHT - 0.5) * np.sin(scene.angle)
-    video = torch.tensor(BACKGROUNDS[scene.background]) * (1 + scene.slope * along)[..., None]
-    video = video.float().expand(frames, HEIGHT, WIDTH, 3)
+    maps = []
     for shape in scene.shapes:
         centre = torch.from_numpy(shape.path(frames)).float()
         dx, dy = x - centre[:, 0, None, None], y - centre[:, 1, None, None]
@@ -175,16 +174,52 @@ def render(scene: Scene, frames: int) -> Tensor:
             # An equilateral triangle, apex up: the largest of the distances to its three sides.
             outside = torch.maximum(dy, 0.866 * dx.abs() - 0.5 * dy) - 0.7 * shape.radius
         # An edge of 1.5 pixels: sharp to look at, smooth enough that sub-pixel motion shows.
-        cover = (0.5 - outside / 1.5).clamp(0, 1)[..., None]
-        video = video + (torch.tensor(COLOURS[shape.colour]) - video) * cover
+        maps.append((0.5 - outside / 1.5).clamp(0, 1))
+    return torch.stack(maps)
+
+
+def render(scene: Scene, frames: int) -> Tensor:
+    """The video, float32 [frames, HEIGHT, WIDTH, 3] in 0..1."""
+    y, x = torch.meshgrid(torch.arange(HEIGHT) + 0.5, torch.arange(WIDTH) + 0.5, indexing="ij")
+    along = (x / WIDTH - 0.5) * np.cos(scene.angle) + (y / HEIGHT - 0.5) * np.sin(scene.angle)
+    video = torch.tensor(BACKGROUNDS[scene.background]) * (1 + scene.slope * along)[..., None]
+    video = video.float().expand(frames, HEIGHT, WIDTH, 3)
+    for shape, cover in zip(scene.shapes, covers(scene, frames), strict=True):
+        video = video + (torch.tensor(COLOURS[shape.colour]) - video) * cover[..., None]
     return video.clamp(0, 1)
 
 
-def clips(seed: int, start: int, count: int, frames: int) -> tuple[Tensor, list[str]]:
-    """`count` training clips of a stream: float32 [count, 3, frames, H, W] in -1..1, and their captions."""
+def meaning(scene: Scene, frames: int) -> Tensor:
+    """What a caption's words point at: float32 [latent frames, HEIGHT/8, WIDTH/8, len(MEANINGS)] in 0..1.
+
+    Per token (8x8 pixels, 2 frames, the first frame alone) the share covered by shapes of each colour, kind
+    and direction.
+    """
+    maps = covers(scene, frames)
+    maps = torch.cat([maps[:, :1], maps], 1).unflatten(1, (-1, 2)).mean(2)
+    maps = maps.unflatten(-1, (-1, 8)).unflatten(-3, (-1, 8)).mean((-1, -3))
+    words = [[float(w in (s.colour, s.kind, s.direction)) for w in MEANINGS] for s in scene.shapes]
+    return torch.einsum("nfhw,nm->fhwm", maps, torch.tensor(words))
+
+
+def described(scene: Scene) -> Tensor:
+    """What each word of a caption speaks of: float32 [words, len(MEANINGS) + len(BACKGROUNDS)], 0 or 1.
+
+    Every word of "a red circle moving left" speaks of red, circle and left, every word of "on a gray
+    background" of gray.
+    """
+    rows = []
+    for shape in scene.shapes:
+        rows += [set()] * bool(rows) + [{shape.colour, shape.kind, shape.direction}] * 5
+    rows += [{scene.background}] * 4
+    return torch.tensor([[float(word in row) for word in (*MEANINGS, *BACKGROUNDS)] for row in rows])
+
+
+def clips(seed: int, start: int, count: int, frames: int) -> tuple[Tensor, list[Scene]]:
+    """`count` training clips of a stream: float32 [count, 3, frames, H, W] in -1..1, and their scenes."""
     scenes = [sample(seed, i) for i in range(start, start + count)]
     video = torch.stack([render(s, frames) for s in scenes])
-    return video.permute(0, 4, 1, 2, 3) * 2 - 1, [s.caption for s in scenes]
+    return video.permute(0, 4, 1, 2, 3) * 2 - 1, scenes
 
 
 def held_out_prompts(count: int, seed: int = 0) -> list[tuple[str, Scene]]:

@@ -1,10 +1,13 @@
-"""Train tiny-wan's transformer and text encoder on captioned videos of moving shapes.
+"""Train tiny-wan's text encoder, then its transformer, on captioned videos of moving shapes.
 
     python -m dit_sparse.pipelines.tiny.train --vae runs/vae/model --out runs/wan    # trains, or resumes
     torchrun --standalone --nproc-per-node 2 -m dit_sparse.pipelines.tiny.train \\
         --vae runs/vae/model --out runs/wan --threads 1 --compile       # on two cores, about twice as fast
     kill -TERM PID                                                      # writes a checkpoint, ends with 0
     python -m dit_sparse.pipelines.tiny.build --vae runs/vae/model --train runs/wan    # exports the average
+
+The text encoder learns from captions alone, in a minute, and is frozen: every word comes to tell the colour,
+kind and direction of its own shape, so that cross-attention need not find out which word belongs to which.
 
 Flow matching: x_t = (1 - t) x_0 + t noise, the model predicts noise - x_0 at timestep 1000 t. Clips are
 rendered and encoded as they are needed, so no example comes twice. Everything random in a step follows from
@@ -18,6 +21,7 @@ import json
 import math
 import time
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +29,8 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from dit_sparse.pipelines.tiny import data
-from dit_sparse.pipelines.tiny.build import Denoiser
+from dit_sparse.pipelines.tiny.attention import use_fast_attention
+from dit_sparse.pipelines.tiny.build import TEXT_DIM, Denoiser
 from dit_sparse.pipelines.tiny.training import (
     Average,
     StopRequest,
@@ -84,15 +89,17 @@ def draw(
 
 def example_batch(
     vae: AutoencoderKLWan, args: argparse.Namespace, step: int, rank: int, processes: int
-) -> tuple[Tensor, Tensor, Tensor, list[str], int]:
-    """This process's share of a step: x_t, timestep, target, captions, padded text length."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str], int]:
+    """This process's share of a step: x_t, timestep, target, meaning, captions, padded text length."""
     shapes, _ = stage_of(args.plan, step)
     choose = torch.Generator().manual_seed(args.seed + (step << 10) + 1023)
     frames, batch = shapes[int(torch.randint(len(shapes), (), generator=choose))]
     length = TEXT_LENGTHS[int(torch.randint(len(TEXT_LENGTHS), (), generator=choose))]
     share = batch // processes
     first = rank * share
-    video, captions = data.clips(args.seed, (step << 10) + first, share, 2 * frames - 1)
+    video, scenes = data.clips(args.seed, (step << 10) + first, share, 2 * frames - 1)
+    captions = [s.caption for s in scenes]
+    meaning = torch.stack([data.meaning(s, 2 * frames - 1) for s in scenes]).flatten(1, 3)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
         x0 = normalized_latents(vae, video)
     noise, times = torch.empty_like(x0), torch.empty(share)
@@ -101,18 +108,45 @@ def example_batch(
         noise[i] = torch.randn(x0.shape[1:], generator=generator)
         captions[i] = "" if dropped else captions[i]
     t = times.view(-1, 1, 1, 1, 1)
-    return (1 - t) * x0 + t * noise, times * 1000, noise - x0, captions, length
+    return (1 - t) * x0 + t * noise, times * 1000, noise - x0, meaning, captions, length
+
+
+def teach_text(model: Denoiser, args: argparse.Namespace) -> None:
+    """Train the text encoder so that each word's embedding tells linearly what its phrase says.
+
+    See `data.described`; half of the captions are of one shape.
+    """
+    head = torch.nn.Linear(TEXT_DIM, len(data.MEANINGS) + len(data.BACKGROUNDS))
+    optimizer = torch.optim.AdamW([*model.text_encoder.parameters(), *head.parameters()], lr=2e-3)
+    for step in range(args.text_steps):
+        scenes = [data.sample(args.seed, (1 << 40) + 64 * step + i) for i in range(64)]
+        said = [data.described(s) for s in scenes]
+        text = model.encode([s.caption for s in scenes], max(map(len, said)))
+        there = torch.nn.utils.rnn.pad_sequence([torch.ones(len(s)) for s in said], batch_first=True) > 0
+        loss = F.binary_cross_entropy_with_logits(head(text[there]), torch.cat(said))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / args.text_steps)
+        optimizer.step()
+    if args.text_steps:
+        print(json.dumps({"text_steps": args.text_steps, "text_loss": loss.item()}), flush=True)
 
 
 def optimizers(model: Denoiser, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the transformer's blocks, AdamW for everything else."""
     matrices = [p for p in model.transformer.blocks.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     return [
         torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01),
     ]
+
+
+def means(recent: list[tuple[int, float, float]], column: int) -> dict[int, float]:
+    """Mean of a column of the log by number of latent frames."""
+    lengths = sorted({row[0] for row in recent})
+    return {f: round(fmean(row[column] for row in recent if row[0] == f), 4) for f in lengths}
 
 
 def train(args: argparse.Namespace) -> None:
@@ -125,9 +159,14 @@ def train(args: argparse.Namespace) -> None:
     model = Denoiser()
     if args.weights:
         model.load_pipeline(args.weights)
+    elif not path.exists():
+        teach_text(model, args)
+    model.text_encoder.requires_grad_(False)
+    use_fast_attention(model.transformer)
     if args.compile:
         for block in model.transformer.blocks:
-            block.compile(dynamic=False)
+            # Not `block.compile`: hooks stay outside.
+            block.forward = torch.compile(block.forward, dynamic=False)
     steppers = optimizers(model, args)
     average = Average(model, args.ema)
     first = 0
@@ -147,15 +186,17 @@ def train(args: argparse.Namespace) -> None:
 
     started, recent = time.monotonic(), []
     for step in range(first, total):
-        x, timestep, target, captions, length = example_batch(vae, args, step, rank, processes)
+        x, timestep, target, meaning, captions, length = example_batch(vae, args, step, rank, processes)
         # A new shape costs a minute of compilation: worth it for the common text length and short clips only.
         eager = length != TEXT_LENGTHS[0] or x.shape[2] > 13
         torch.compiler.set_stance("force_eager" if eager else "default")
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             out = model(x, timestep, captions, length)
+            logits = model.meanings()
         loss = F.mse_loss(out.float(), target)
+        words = F.binary_cross_entropy_with_logits(logits.float(), meaning)
         model.zero_grad()
-        loss.backward()
+        (loss + args.head * words).backward()
         average_over_processes([p.grad for p in model.parameters() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in steppers:
@@ -163,17 +204,16 @@ def train(args: argparse.Namespace) -> None:
                 group["lr"] = learning_rate(step, total, args)
             optimizer.step()
         average.update(model, step)
-        recent.append((x.shape[2], loss.item()))
+        recent.append((x.shape[2], loss.item(), words.item()))
         if rank == 0 and (step + 1) % args.log_every == 0:
-            losses = {f: [v for g, v in recent if g == f] for f in sorted({f for f, _ in recent})}
-            row = {"step": step + 1, "loss": {f: round(sum(v) / len(v), 4) for f, v in losses.items()}}
+            row = {"step": step + 1, "loss": means(recent, 1), "words": means(recent, 2)}
             row |= {"grad_norm": round(norm.item(), 3), "lr": round(learning_rate(step, total, args), 6)}
             row |= {
                 "s_per_step": round((time.monotonic() - started) / len(recent), 3),
                 "at": time.strftime("%H:%M:%S"),
             }
             print(json.dumps(row), flush=True)
-            if not all(math.isfinite(v) for _, v in recent):
+            if not all(math.isfinite(v) for _, v, _ in recent):
                 raise FloatingPointError(
                     f"the loss is not finite near step {step + 1}: resume with a smaller --lr"
                 )
@@ -212,6 +252,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "--ema", type=float, default=0.999, help="decay of the averaged weights (%(default)s)"
+    )
+    parser.add_argument(
+        "--text-steps", type=int, default=600, help="steps of the text encoder alone (%(default)s)"
+    )
+    parser.add_argument(
+        "--head", type=float, default=10, help="weight of the loss on the meaning of features (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="stream of scenes and noise (%(default)s)")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (%(default)s)")

@@ -1,5 +1,6 @@
 """tiny-wan: its data, the folder it ships as, and a trainer that survives being stopped."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -8,11 +9,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanPipeline
 from safetensors.torch import load_file
+from torch import nn
 
 from dit_sparse.pipelines import tiny
-from dit_sparse.pipelines.tiny import build, data, train, vae
+from dit_sparse.pipelines.tiny import attention, build, data, train, vae
 
 CAPTION = "a red circle moving left and a blue square moving up on a gray background"
 SMALL = {"height": 64, "width": 128, "num_frames": 9, "num_inference_steps": 2, "max_sequence_length": 32}
@@ -51,6 +54,28 @@ def test_scenes_are_reproducible_and_stay_inside():
                 shape.speed * np.array([data.DIRECTIONS[shape.direction]] * len(straight)),
                 atol=1e-9,
             )
+
+
+def test_meaning_says_where_each_word_is():
+    scene = data.parse("a red circle moving left and a blue square moving up on a gray background")
+    circle, square = scene.shapes
+    circle = dataclasses.replace(circle, radius=12.0, x=40.0, y=20.0, speed=1.0)
+    square = dataclasses.replace(square, radius=10.0, x=100.0, y=40.0, speed=1.0)
+    scene = dataclasses.replace(scene, shapes=(circle, square))
+    meaning = data.meaning(scene, 9)
+    assert meaning.shape == (5, 8, 16, len(data.MEANINGS))
+    area = {word: 64 * meaning[..., i].sum((1, 2)) for i, word in enumerate(data.MEANINGS)}
+    for word in ("red", "circle", "left"):
+        torch.testing.assert_close(area[word], torch.full((5,), np.pi * 12**2), rtol=0.01, atol=0)
+    for word in ("blue", "square", "up"):
+        torch.testing.assert_close(area[word], torch.full((5,), (2 * 8.9) ** 2), rtol=0.01, atol=0)
+    assert sum(float(area[w].sum()) for w in set(data.MEANINGS) - set(scene.caption.split())) == 0
+    # Token (2, 5) covers rows 16-23 and columns 40-47, all inside the circle in the first frame.
+    assert meaning[0, 2, 5, data.MEANINGS.index("red")] == 1
+    # Latent frame f is the mean of pixel frames 2f - 1 and 2f, so the circle's centre moves by 2 pixels.
+    columns = meaning[..., data.MEANINGS.index("left")].sum(1)
+    centre = (columns * torch.arange(4, 128, 8)).sum(1) / columns.sum(1)
+    torch.testing.assert_close(centre, torch.tensor([40.0, 38.5, 36.5, 34.5, 32.5]), rtol=0, atol=0.3)
 
 
 def test_held_out_captions_are_never_trained_on():
@@ -113,6 +138,44 @@ def test_autoencoder_reconstructs(pipe):
     assert np.mean(quality) >= 30
 
 
+def test_every_word_speaks_of_its_phrase():
+    words = (*data.MEANINGS, *data.BACKGROUNDS)
+    said = [{words[i] for i in row.nonzero()[:, 0].tolist()} for row in data.described(data.parse(CAPTION))]
+    circle, square = {"red", "circle", "left"}, {"blue", "square", "up"}
+    assert said == [circle] * 5 + [set()] + [square] * 5 + [{"gray"}] * 4
+    assert len(said) == len(CAPTION.split())
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(700, 1100), (70, 9)])
+def test_training_attention_and_its_gradients(queries, keys):
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(2, n, 3, 48, dtype=torch.float64, requires_grad=True) for n in (queries, keys, keys)
+    )
+    gradient = torch.randn_like(q)
+    out = attention.attention(q, k, v)
+    wanted = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    torch.testing.assert_close(out, wanted)
+    for a, b in zip(*(torch.autograd.grad(o, (q, k, v), gradient) for o in (out, wanted)), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.library.opcheck(attention.attention, (q, k, v))
+
+
+def test_training_attention_changes_no_prediction():
+    stock, fast = build.Denoiser().eval(), build.Denoiser().eval()
+    nn.init.normal_(stock.transformer.proj_out.weight)
+    fast.load_state_dict(stock.state_dict())
+    attention.use_fast_attention(fast.transformer)
+    calls = []
+    core = attention.attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "attention", lambda *a: calls.append(1) or core(*a))
+        inputs = torch.randn(2, 8, 3, 8, 16), torch.tensor([200.0, 900.0]), [CAPTION, ""], 32
+        with torch.no_grad():
+            torch.testing.assert_close(fast(*inputs), stock(*inputs), rtol=1e-4, atol=1e-5)
+    assert len(calls) == 16, "every self- and cross-attention"
+
+
 def test_plan_and_learning_rate():
     assert train.stage_of("2:1x8 3:3x4,5x2", 1) == ([(1, 8)], 5)
     assert train.stage_of("2:1x8 3:3x4,5x2", 2) == ([(3, 4), (5, 2)], 5)
@@ -127,11 +190,23 @@ def test_stopped_training_resumes_to_the_same_weights(tmp_path):
     vae.build().save_pretrained(tmp_path / "vae")
 
     def arguments(out: str) -> list[str]:
-        fixed = ["--threads", "1", "--warmup", "2", "--log-every", "1", "--plan", "4:1x2"]
+        fixed = [
+            "--threads",
+            "1",
+            "--warmup",
+            "2",
+            "--log-every",
+            "1",
+            "--plan",
+            "4:1x2",
+            "--text-steps",
+            "2",
+        ]
         return ["--vae", str(tmp_path / "vae"), "--out", str(tmp_path / out), *fixed]
 
     command = [sys.executable, "-P", "-m", train.__name__, *arguments("stopped")]
     stopped = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert json.loads(stopped.stdout.readline())["text_steps"] == 2
     assert json.loads(stopped.stdout.readline())["step"] == 1
     stopped.send_signal(signal.SIGTERM)
     assert stopped.wait(timeout=60) == 0

@@ -253,6 +253,33 @@ class SparseProcessor:
         return "qk" not in self.reads
 
 
+def nearest_setting(
+    method: SparseProcessor,
+    layout: TokenLayout,
+    density: float,
+    reached: Callable[[int], float],
+    most: int,
+    advice: str,
+) -> int:
+    """The integer setting in 0..most whose density ``reached(setting)``, which never falls, is nearest.
+
+    Raises:
+        ValueError: ``density`` is outside what the method reaches on ``layout``; the message says floor,
+            ceiling and the ``advice``.
+    """
+    floor, ceiling = reached(0), reached(most)
+    if not floor - 1e-4 <= density <= ceiling + 1e-4:  # what the message prints is accepted
+        raise ValueError(
+            f"{method} on {layout.grid} has the floor {floor:.4f} and the ceiling {ceiling:.4f}, "
+            f"got {density}: {advice}"
+        )
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if reached(middle) <= density else (low, middle)
+    return min(low, high, key=lambda setting: abs(reached(setting) - density))
+
+
 def install_seam() -> None:
     """Let ``model.set_attn_processor`` take a method, or a dict with methods; the rest stays as it was."""
     from functools import wraps

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.layout import TokenLayout
-from dit_sparse.method import Call, SparseProcessor
+from dit_sparse.method import Call, SparseProcessor, nearest_setting
 from dit_sparse.order import Order
 from dit_sparse.plan import Plan, blocks_of, with_text
 
@@ -88,27 +88,15 @@ class RadialProcessor(SparseProcessor):
         """
         # A half width is floor(decay * P / 2^level) with level >= 2: multiples of 4 / P suffice.
         unit = 4 / (1 << layout.frame.bit_length())
-        low, high = 0, layout.frame << layout.grid[0].bit_length()
         filled = self.order(Call.standalone(layout)).filled(self.block)[0, 0].double()
 
         def reached(units: int) -> float:
-            keep = replace(self, decay=units * unit)._grid_blocks(layout)
-            return float(
-                filled @ with_text(keep, len(filled), len(filled)).double() @ filled / filled.sum() ** 2
-            )
+            keep = with_text(replace(self, decay=units * unit)._grid_blocks(layout), *2 * filled.shape)
+            return float(filled @ keep.double() @ filled / filled.sum() ** 2)
 
-        least, most = reached(low), reached(high)
-        if not least - 1e-4 <= density <= most + 1e-4:  # what the message prints is accepted
-            raise ValueError(
-                f"RadialProcessor on {layout.grid} in blocks of {self.block} has the floor {least:.4f} and "
-                f"the ceiling {most:.4f}, got {density}: use a "
-                + ("smaller block, sink=False or a larger" if density < least else "smaller")
-                + f" decimate_below (now {self.decimate_below})"
-            )
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if reached(middle) <= density else (low, middle)
-        return replace(self, decay=unit * min(low, high, key=lambda units: abs(reached(units) - density)))
+        advice = "for less use a smaller block, sink=False or a larger decimate_below, for more a smaller one"
+        most = layout.frame << layout.grid[0].bit_length()
+        return replace(self, decay=unit * nearest_setting(self, layout, density, reached, most, advice))
 
     def _half_width(self, d: int, s: int) -> int:
         """floor(w) at distance d; -1 where the frame is not read."""

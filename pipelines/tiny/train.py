@@ -196,18 +196,19 @@ def train(args: argparse.Namespace) -> None:
         loss = F.mse_loss(out.float(), target)
         words = F.binary_cross_entropy_with_logits(logits.float(), meaning)
         model.zero_grad()
-        (loss + args.head * words).backward()
+        rate = learning_rate(step, total, args)
+        (loss + args.head * rate / args.lr * words).backward()
         average_over_processes([p.grad for p in model.parameters() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in steppers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total, args)
+                group["lr"] = rate
             optimizer.step()
         average.update(model, step)
         recent.append((x.shape[2], loss.item(), words.item()))
         if rank == 0 and (step + 1) % args.log_every == 0:
             row = {"step": step + 1, "loss": means(recent, 1), "words": means(recent, 2)}
-            row |= {"grad_norm": round(norm.item(), 3), "lr": round(learning_rate(step, total, args), 6)}
+            row |= {"grad_norm": round(norm.item(), 3), "lr": round(rate, 6)}
             row |= {
                 "s_per_step": round((time.monotonic() - started) / len(recent), 3),
                 "at": time.strftime("%H:%M:%S"),
@@ -257,7 +258,10 @@ def main(arguments: list[str] | None = None) -> None:
         "--text-steps", type=int, default=600, help="steps of the text encoder alone (%(default)s)"
     )
     parser.add_argument(
-        "--head", type=float, default=10, help="weight of the loss on the meaning of features (%(default)s)"
+        "--head",
+        type=float,
+        default=10,
+        help="weight of the loss on the meaning of features; it falls with the rate (%(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="stream of scenes and noise (%(default)s)")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (%(default)s)")

@@ -1,7 +1,7 @@
 """Does a video show what its caption says? Plain image processing; no model judges a model.
 
-    python -m dit_sparse.eval.attributes --prompts 16 --out dense.json      # the bundled model, dense
-    python -m dit_sparse.eval.attributes --prompts 16 --method radial       # and with a sparse method
+    python -m dit_sparse.eval.attributes --prompts 64                    # the bundled model, dense
+    python -m dit_sparse.eval.attributes --prompts 64 --method radial    # and a sparse method, in pairs
 
 What differs from the background is cut into connected pieces. A piece has the palette colour nearest to its
 median, the kind whose ideal outline of the same area and centre overlaps it best, and the direction in which
@@ -209,7 +209,7 @@ def study(
 
     prompts: as `data.held_out_prompts` gives them. Prompt i starts from the noise of seed + i, so that two
     studies pair up. attach: called with the pipeline first, such as `lambda p: dit_sparse.apply(p, "draft",
-    density=0.25)`; what it returns is asked to `remove()` itself in the end.
+    density=0.25)`; the session it returns tells the density of each run and is removed in the end.
     """
     session = attach(pipe) if attach else None
     rows = []
@@ -219,9 +219,11 @@ def study(
             start = time.perf_counter()
             frames = pipe(prompt, generator=generator, output_type="np", **settings).frames[0]
             seconds = time.perf_counter() - start
-            rows.append(
-                {"prompt": prompt, "seed": seed + i, "seconds": seconds, **attributes(frames, prompt)}
-            )
+            row = {"prompt": prompt, "seed": seed + i, "seconds": seconds, **attributes(frames, prompt)}
+            if session is not None:
+                report = session.report()
+                row |= {"density": report.density, "sparse_density": report.sparse_density}
+            rows.append(row)
     finally:
         if session is not None:
             session.remove()
@@ -229,14 +231,16 @@ def study(
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Means over a study: the score, each attribute on its own, and seconds per video."""
+    """Means over a study: the score, each attribute on its own, seconds per video, densities."""
     shapes = [s for r in rows for s in r["shapes"]]
     means = {
         "score": np.mean([r["score"] for r in rows]),
         "background": np.mean([r["background"] for r in rows]),
     }
     means |= {name: np.mean([s[name] for s in shapes]) for name in ("colour", "kind", "direction")}
-    means["seconds"] = np.mean([r["seconds"] for r in rows])
+    for name in ("seconds", "density", "sparse_density"):
+        if name in rows[0]:
+            means[name] = np.mean([r[name] for r in rows])
     return {k: round(float(v), 4) for k, v in means.items()}
 
 
@@ -251,26 +255,44 @@ def main() -> None:
     parser.add_argument(
         "--full", action="store_true", help="the default setting instead of the study setting"
     )
-    parser.add_argument("--method", help="a sparse method by name; dense without it")
-    parser.add_argument("--density", type=float, default=0.25, help="density for --method (%(default)s)")
-    parser.add_argument("--out", type=Path, help="write rows and summary there as JSON")
+    parser.add_argument(
+        "--method", help="a sparse method by name, beside the dense model; dense alone without"
+    )
+    parser.add_argument("--density", type=float, help="for --method; default its balanced preset")
+    parser.add_argument("--out", type=Path, help="write rows and summaries there as JSON")
     args = parser.parse_args()
 
     from diffusers import WanPipeline
 
+    import dit_sparse
+    from dit_sparse.pipelines.wan import PRESETS
+
     pipe = WanPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
-    attach = None
+    prompts, settings = data.held_out_prompts(args.prompts), tiny.DEFAULT if args.full else tiny.STUDY
+    rows = {"dense": study(pipe, prompts, settings, seed=args.seed)}
+    result: dict[str, Any] = {"prompts": len(prompts), "settings": settings, "dense": summary(rows["dense"])}
+    print(json.dumps(result), flush=True)
     if args.method:
-        import dit_sparse
+        preset = PRESETS[args.method, "tiny"]["balanced"] if (args.method, "tiny") in PRESETS else None
+        options = {} if preset is None else {"schedule": preset.schedule, **preset.parameters}
 
         def attach(p: Any) -> Any:
-            return dit_sparse.apply(p, args.method, density=args.density)
+            return dit_sparse.apply(p, args.method, density=args.density, **options)
 
-    prompts = data.held_out_prompts(args.prompts)
-    rows = study(pipe, prompts, tiny.DEFAULT if args.full else tiny.STUDY, seed=args.seed, attach=attach)
-    result = {"method": args.method or "dense", "prompts": len(rows), **summary(rows)}
-    print(json.dumps(result))
+        rows[args.method] = study(pipe, prompts, settings, seed=args.seed, attach=attach)
+        scores = [[row["score"] for row in rows[name]] for name in (args.method, "dense")]
+        low, high = paired_interval(*scores)
+        result |= {
+            "method": {"name": args.method, **options, "requested_density": args.density},
+            args.method: summary(rows[args.method]),
+            "score_over_dense": {
+                "mean": float(np.mean(scores[0]) - np.mean(scores[1])),
+                "low": low,
+                "high": high,
+            },
+        }
+        print(json.dumps({k: result[k] for k in (args.method, "score_over_dense")}))
     if args.out:
         args.out.write_text(json.dumps({**result, "rows": rows}, indent=1))
 

@@ -46,9 +46,9 @@ from dit_sparse.pipelines.tiny.training import (
 from dit_sparse.pipelines.tiny.vae import normalized_latents
 
 # Steps, then the clips of a step as LATENT FRAMES x BATCH; several alternatives take turns at random. Single
-# pictures teach words, colours and shapes at a fraction of a video's cost, short clips teach motion, the last
-# stages the real lengths.
-PLAN = "300:1x32 550:5x8 300:5x8,13x4 400:1x32,5x8,13x4 180:13x4 90:33x2,13x4"
+# pictures teach colours and shapes at a fraction of a video's cost, clips teach motion, the last stage the
+# full length.
+PLAN = "300:1x32 1200:1x32,5x8,13x4 2600:5x8,13x4,13x4 400:13x4,33x2"
 # WanPipeline pads a prompt with zeros to `max_sequence_length`, and cross-attention reads them. Training
 # meets two lengths, so that the model does well with our 32 and with diffusers' default of 512.
 TEXT_LENGTHS = (32, 32, 32, 32, 32, 32, 32, 512)

@@ -122,10 +122,15 @@ def test_study_scores_pairs_and_removes():
             return type("Out", (), {"frames": data.render(truths[prompt], num_frames).numpy()[None]})
 
     class Session:
+        def report(self):
+            return type("Report", (), {"density": 0.5, "sparse_density": 0.25})
+
         def remove(self):
             events.append("removed")
 
     rows = study(Pipe(), prompts, {"num_frames": 17}, seed=5, attach=lambda pipe: Session())
     assert events == [5, 6, 7, 8, "removed"]
     assert [r["prompt"] for r in rows] == [p for p, _ in prompts]
-    assert summary(rows)["score"] >= 0.98
+    means = summary(rows)
+    assert means["score"] >= 0.98
+    assert (means["density"], means["sparse_density"]) == (0.5, 0.25)

@@ -146,6 +146,18 @@ def test_every_word_speaks_of_its_phrase():
     assert len(said) == len(CAPTION.split())
 
 
+def test_shipped_text_encoder_knows_which_word_belongs_to_which(pipe):
+    """Swapping the two shapes' directions changes the embeddings of their colours and kinds as well."""
+    model = build.Denoiser().eval()
+    model.text_encoder.load_state_dict(pipe.text_encoder.state_dict())
+    with torch.no_grad():
+        one = model.encode([CAPTION], 32)[0]
+        two = model.encode([CAPTION.replace("left", "x").replace("up", "left").replace("x", "up")], 32)[0]
+    change = (one - two).norm(dim=-1) / one.norm(dim=-1)
+    about_shapes, about_background = [*range(5), *range(6, 11)], range(11, 15)
+    assert change[about_shapes].min() > 3 * change[about_background].max()
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(700, 1100), (70, 9)])
 def test_training_attention_and_its_gradients(queries, keys):
     torch.manual_seed(0)

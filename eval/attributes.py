@@ -281,13 +281,13 @@ def main() -> None:
             return dit_sparse.apply(p, args.method, density=args.density, **options)
 
         rows[args.method] = study(pipe, prompts, settings, seed=args.seed, attach=attach)
-        scores = [[row["score"] for row in rows[name]] for name in (args.method, "dense")]
-        low, high = paired_interval(*scores)
+        ours, theirs = ([row["score"] for row in rows[name]] for name in (args.method, "dense"))
+        low, high = paired_interval(ours, theirs)
         result |= {
             "method": {"name": args.method, **options, "requested_density": args.density},
             args.method: summary(rows[args.method]),
             "score_over_dense": {
-                "mean": float(np.mean(scores[0]) - np.mean(scores[1])),
+                "mean": float(np.mean(ours) - np.mean(theirs)),
                 "low": low,
                 "high": high,
             },

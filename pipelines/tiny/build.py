@@ -95,7 +95,7 @@ class Denoiser(nn.Module):
         self.text_encoder = text_encoder()
         self.tokenizer = tokenizer()
         nn.init.zeros_(self.transformer.proj_out.weight)
-        dim = TRANSFORMER["num_attention_heads"] * TRANSFORMER["attention_head_dim"]
+        dim = self.transformer.proj_out.in_features
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, len(data.MEANINGS)))
         self.transformer.blocks[self.MIDDLE].register_forward_hook(self._keep)
 

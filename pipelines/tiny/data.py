@@ -208,7 +208,7 @@ def described(scene: Scene) -> Tensor:
     Every word of "a red circle moving left" speaks of red, circle and left, every word of "on a gray
     background" of gray.
     """
-    rows = []
+    rows: list[set[str]] = []
     for shape in scene.shapes:
         rows += [set()] * bool(rows) + [{shape.colour, shape.kind, shape.direction}] * 5
     rows += [{scene.background}] * 4

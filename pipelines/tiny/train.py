@@ -111,13 +111,14 @@ def example_batch(
     return (1 - t) * x0 + t * noise, times * 1000, noise - x0, meaning, captions, length
 
 
-def teach_text(model: Denoiser, args: argparse.Namespace) -> None:
+def teach_text(model: Denoiser, args: argparse.Namespace) -> float:
     """Train the text encoder so that each word's embedding tells linearly what its phrase says.
 
-    See `data.described`; half of the captions are of one shape.
+    See `data.described`; every process does the same. Returns the last loss.
     """
     head = torch.nn.Linear(TEXT_DIM, len(data.MEANINGS) + len(data.BACKGROUNDS))
     optimizer = torch.optim.AdamW([*model.text_encoder.parameters(), *head.parameters()], lr=2e-3)
+    last = math.nan
     for step in range(args.text_steps):
         scenes = [data.sample(args.seed, (1 << 40) + 64 * step + i) for i in range(64)]
         said = [data.described(s) for s in scenes]
@@ -128,8 +129,8 @@ def teach_text(model: Denoiser, args: argparse.Namespace) -> None:
         loss.backward()
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / args.text_steps)
         optimizer.step()
-    if args.text_steps:
-        print(json.dumps({"text_steps": args.text_steps, "text_loss": loss.item()}), flush=True)
+        last = loss.item()
+    return last
 
 
 def optimizers(model: Denoiser, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
@@ -160,7 +161,9 @@ def train(args: argparse.Namespace) -> None:
     if args.weights:
         model.load_pipeline(args.weights)
     elif not path.exists():
-        teach_text(model, args)
+        text_loss = teach_text(model, args)
+        if rank == 0:
+            print(json.dumps({"text_steps": args.text_steps, "text_loss": round(text_loss, 5)}), flush=True)
     model.text_encoder.requires_grad_(False)
     use_fast_attention(model.transformer)
     if args.compile:

@@ -259,19 +259,20 @@ def nearest_setting(
     density: float,
     reached: Callable[[int], float],
     most: int,
-    advice: str,
+    less: str,
+    more: str,
 ) -> int:
     """The integer setting in 0..most whose density ``reached(setting)``, which never falls, is nearest.
 
     Raises:
         ValueError: ``density`` is outside what the method reaches on ``layout``; the message says floor,
-            ceiling and the ``advice``.
+            ceiling and what to use for ``less`` or ``more``.
     """
     floor, ceiling = reached(0), reached(most)
     if not floor - 1e-4 <= density <= ceiling + 1e-4:  # what the message prints is accepted
         raise ValueError(
             f"{method} on {layout.grid} has the floor {floor:.4f} and the ceiling {ceiling:.4f}, "
-            f"got {density}: {advice}"
+            f"got {density}: use a {less if density < floor else more}"
         )
     low, high = 0, most
     while high - low > 1:

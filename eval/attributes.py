@@ -25,8 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import dit_sparse
 from dit_sparse.pipelines import tiny
 from dit_sparse.pipelines.tiny import data
+from dit_sparse.pipelines.wan import PRESETS
+from dit_sparse.processors import METHODS
+from dit_sparse.video import check_writable, staged
 
 # All in units that do not depend on the resolution: colour distances in RGB of 0..1, areas as shares of the
 # picture, speeds in picture heights per frame. Training shapes cover 3 to 6 % and move 0.012 to 0.022 heights
@@ -256,45 +260,51 @@ def main() -> None:
         "--full", action="store_true", help="the default setting instead of the study setting"
     )
     parser.add_argument(
-        "--method", help="a sparse method by name, beside the dense model; dense alone without"
+        "--method",
+        choices=sorted(set(METHODS) - {"dense"}),
+        help="a sparse method, beside the dense model; dense alone without",
     )
     parser.add_argument("--density", type=float, help="for --method; default its balanced preset")
     parser.add_argument("--out", type=Path, help="write rows and summaries there as JSON")
     args = parser.parse_args()
+    try:
+        _run(args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.out:
+        check_writable("--out", args.out)
 
     from diffusers import WanPipeline
-
-    import dit_sparse
-    from dit_sparse.pipelines.wan import PRESETS
 
     pipe = WanPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     prompts, settings = data.held_out_prompts(args.prompts), tiny.DEFAULT if args.full else tiny.STUDY
-    rows = {"dense": study(pipe, prompts, settings, seed=args.seed)}
-    result: dict[str, Any] = {"prompts": len(prompts), "settings": settings, "dense": summary(rows["dense"])}
-    print(json.dumps(result), flush=True)
+    result: dict[str, Any] = {"prompts": len(prompts), "settings": settings}
+    rows = {}
     if args.method:
-        preset = PRESETS[args.method, "tiny"]["balanced"] if (args.method, "tiny") in PRESETS else None
+        preset = PRESETS.get((args.method, "tiny"), {}).get("balanced")
         options = {} if preset is None else {"schedule": preset.schedule, **preset.parameters}
+        result["method"] = {"name": args.method, **options, "requested_density": args.density}
 
         def attach(p: Any) -> Any:
             return dit_sparse.apply(p, args.method, density=args.density, **options)
 
+        # First, so that a density it cannot reach is told before the dense videos are made.
         rows[args.method] = study(pipe, prompts, settings, seed=args.seed, attach=attach)
+    rows["dense"] = study(pipe, prompts, settings, seed=args.seed)
+    result |= {name: summary(videos) for name, videos in rows.items()}
+    if args.method:
         ours, theirs = ([row["score"] for row in rows[name]] for name in (args.method, "dense"))
         low, high = paired_interval(ours, theirs)
-        result |= {
-            "method": {"name": args.method, **options, "requested_density": args.density},
-            args.method: summary(rows[args.method]),
-            "score_over_dense": {
-                "mean": float(np.mean(ours) - np.mean(theirs)),
-                "low": low,
-                "high": high,
-            },
-        }
-        print(json.dumps({k: result[k] for k in (args.method, "score_over_dense")}))
+        mean = float(np.mean(ours) - np.mean(theirs))
+        result["score_over_dense"] = {"mean": mean, "low": low, "high": high}
+    print(json.dumps(result))
     if args.out:
-        args.out.write_text(json.dumps({**result, "rows": rows}, indent=1))
+        with staged() as stage:
+            stage(args.out).write_text(json.dumps({**result, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

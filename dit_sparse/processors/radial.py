@@ -83,8 +83,7 @@ class RadialProcessor(SparseProcessor):
     def at_density(self, density: float, layout: TokenLayout) -> RadialProcessor:
         """The ``decay`` whose density is nearest to ``density``; all else stays.
 
-        Raises:
-            ValueError: Below the floor (every band one block) or above the ceiling (every frame read whole).
+        ValueError below the floor (every band one block) and above the ceiling (every frame read whole).
         """
         # A half width is floor(decay * P / 2^level) with level >= 2: multiples of 4 / P suffice.
         unit = 4 / (1 << layout.frame.bit_length())
@@ -94,9 +93,10 @@ class RadialProcessor(SparseProcessor):
             keep = with_text(replace(self, decay=units * unit)._grid_blocks(layout), *2 * filled.shape)
             return float(filled @ keep.double() @ filled / filled.sum() ** 2)
 
-        advice = "for less use a smaller block, sink=False or a larger decimate_below, for more a smaller one"
         most = layout.frame << layout.grid[0].bit_length()
-        return replace(self, decay=unit * nearest_setting(self, layout, density, reached, most, advice))
+        name = f"decimate_below (now {self.decimate_below})"
+        less, more = f"smaller block, sink=False or a larger {name}", f"smaller {name}"
+        return replace(self, decay=unit * nearest_setting(self, layout, density, reached, most, less, more))
 
     def _half_width(self, d: int, s: int) -> int:
         """floor(w) at distance d; -1 where the frame is not read."""

@@ -19,7 +19,7 @@ from dit_sparse.redirect import redirected
 SCORES = 700_000
 
 
-def _heads(q: Tensor, k: Tensor):
+def _heads(q: Tensor, k: Tensor) -> list[tuple[tuple, list[slice]]]:
     """For [B, S, H, D] queries and keys: every (batch, head) and the slices of rows to take at a time."""
     rows = max(1, SCORES // k.shape[1])
     slices = [slice(i, i + rows) for i in range(0, q.shape[1], rows)]

@@ -122,6 +122,7 @@ def teach_text(model: Denoiser, args: argparse.Namespace) -> float:
     for step in range(args.text_steps):
         scenes = [data.sample(args.seed, (1 << 40) + 64 * step + i) for i in range(64)]
         said = [data.described(s) for s in scenes]
+        # The end token of the longest caption is cut off: it says nothing.
         text = model.encode([s.caption for s in scenes], max(map(len, said)))
         there = torch.nn.utils.rnn.pad_sequence([torch.ones(len(s)) for s in said], batch_first=True) > 0
         loss = F.binary_cross_entropy_with_logits(head(text[there]), torch.cat(said))

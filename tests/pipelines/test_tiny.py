@@ -202,18 +202,7 @@ def test_stopped_training_resumes_to_the_same_weights(tmp_path):
     vae.build().save_pretrained(tmp_path / "vae")
 
     def arguments(out: str) -> list[str]:
-        fixed = [
-            "--threads",
-            "1",
-            "--warmup",
-            "2",
-            "--log-every",
-            "1",
-            "--plan",
-            "4:1x2",
-            "--text-steps",
-            "2",
-        ]
+        fixed = ["--threads=1", "--warmup=2", "--log-every=1", "--plan=4:1x2", "--text-steps=2"]
         return ["--vae", str(tmp_path / "vae"), "--out", str(tmp_path / out), *fixed]
 
     command = [sys.executable, "-P", "-m", train.__name__, *arguments("stopped")]

@@ -273,7 +273,7 @@ def test_at_density_names_its_floor_and_ceiling():
         method.at_density(0.2, layout)
     assert method.at_density(0.2871, layout).decay <= 0.23
     assert method.at_density(1.0, layout).decay > 1
-    with pytest.raises(ValueError, match=r"decimate_below=2048.*ceiling 0\.\d+, got 0\.9: .*a smaller one"):
+    with pytest.raises(ValueError, match=r"ceiling 0\.\d+, got.*use a smaller decimate_below \(now 2048\)"):
         RadialProcessor(decimate_below=2048).at_density(0.9, layout)
 
 

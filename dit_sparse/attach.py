@@ -278,7 +278,7 @@ def apply(
         method: A processor, a name out of ``METHODS``, or a dict of processors by ``"<path>.processor"``.
         schedule: When it runs; default the model family's. See :meth:`Schedule.parse`.
         density: Ask for the method's setting nearest to this density at each token layout.
-        backend: "auto", "reference", "cpu", "flex" or "triton".
+        backend: "auto", "reference", "cpu", "gathered", "flex" or "triton".
         strict: Raise where a call cannot run sparse, instead of recording why it ran dense.
         seed: For methods that draw samples.
         parameters: Keywords of the method's constructor, when it is given by name.

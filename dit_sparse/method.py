@@ -73,7 +73,7 @@ class Call:
     part: nn.Module | None = None
     backend: str = "auto"
     order: Order | None = None
-    on_run: Callable[[Plan, Call], None] | None = None
+    on_run: Callable[[Plan, Call], str] | None = None
     plan_cache: Callable[[SparseProcessor, Callable[[], Plan], Call], Plan] | None = None
 
     @classmethod
@@ -163,8 +163,7 @@ class Call:
 
         order = self._order()
         everything = self.valid is None and order.slots == order.tokens
-        if self.on_run is not None:
-            self.on_run(plan, self)
+        backend = self.backend if self.on_run is None else self.on_run(plan, self)
         return block_sparse_attention(
             q,
             k,
@@ -173,7 +172,7 @@ class Call:
             valid=None if everything else self.slots_valid(),
             scale=self.scale,
             positions=None if plan.rule is None else order.index,
-            backend=self.backend,
+            backend=backend,
         )
 
     def _order(self) -> Order:

@@ -17,7 +17,7 @@ from dit_sparse.layout import TokenLayout
 from dit_sparse.method import Call, SparseProcessor
 from dit_sparse.order import fill_counts
 from dit_sparse.pipelines import Family
-from dit_sparse.plan import Plan
+from dit_sparse.plan import Plan, Rule
 from dit_sparse.report import Record, Report, Where
 from dit_sparse.schedule import Phase, Schedule
 
@@ -83,11 +83,11 @@ class Router:
         self._records: dict[Where, Record] = {}
         self._memory: dict[tuple[Attachment, str], dict[str, Any]] = {}
         self._made: dict[tuple[Any, ...], Any] = {}
-        self._backends: dict[tuple[torch.device, bool], tuple[str, str]] = {}
+        self._backends: dict[tuple[torch.device, bool, Rule | None], tuple[str, str]] = {}
 
     def report(self) -> Report:
         """What ran since the last run of the pipeline began. Reading it synchronises the device, once."""
-        backends = [f"{name} on {device} ({why})" for (device, _), (name, why) in self._backends.items()]
+        backends = [f"{name} on {device} ({why})" for (device, *_), (name, why) in self._backends.items()]
         about = {
             "method": repr(self.method) if isinstance(self.method, SparseProcessor) else "one per layer",
             "schedule": str(self.schedule),
@@ -181,17 +181,14 @@ class Router:
     ) -> Call:
         tick, device, training = forward.tick, q.device, torch.is_grad_enabled()
         needs_grad = training and any(x.requires_grad for x in (q, k))
-        if (device, needs_grad) not in self._backends:
-            automatic, asked = resolve_backend(device, needs_grad=needs_grad), (self.backend, "as asked")
-            self._backends[device, needs_grad] = automatic if self.backend == "auto" else asked
-        backend = self._backends[device, needs_grad][0]
         cache = self._memory.setdefault((at, tick.branch), {})
         if forward.replays:
             cache, phase = dict(forward.caches.get(id(at), {})), Phase.SPARSE
 
-        def on_run(plan: Plan, call: Call) -> None:
+        def on_run(plan: Plan, call: Call) -> str:
+            backend = self._backend(device, needs_grad, plan.rule)
             if forward.replays:
-                return
+                return backend
             if valid is None and at.method.is_static:
                 pairs, every, _ = self._once(
                     ("pairs", id(plan), call.order), lambda: (*call.pairs(plan), plan)
@@ -199,6 +196,7 @@ class Router:
             else:
                 pairs, every = call.pairs(plan)
             self._record(at, forward, phase, backend, "", q).add(pairs, every, q.shape[0])
+            return backend
 
         def plan_cache(method: SparseProcessor, make: Callable[[], Plan], call: Call) -> Plan:
             def whole() -> Plan:
@@ -231,10 +229,17 @@ class Router:
             seed=self.seed,
             cache=cache,
             part=at.module._modules.get("sparse_branch"),
-            backend=backend,
+            backend=self.backend,
             on_run=on_run,
             plan_cache=plan_cache,
         )
+
+    def _backend(self, device: torch.device, needs_grad: bool, rule: Rule | None) -> str:
+        key = device, needs_grad, rule
+        if key not in self._backends:
+            automatic = resolve_backend(device, needs_grad=needs_grad, rule=rule)
+            self._backends[key] = automatic if self.backend == "auto" else (self.backend, "as asked")
+        return self._backends[key][0]
 
     def _key(self, what: str, method: SparseProcessor, call: Call, q: Tensor) -> tuple[Any, ...]:
         layer = (call.layer, call.name) if "layer" in method.reads else None

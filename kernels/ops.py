@@ -6,23 +6,34 @@ Q and K query and key blocks.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from dit_sparse.plan import Plan, Rule, blocks_of
+from dit_sparse.order import broadcast_heads
+from dit_sparse.plan import PackedPlan, Plan, Rule, blocks_of, pair_of
 
 # Name of a backend -> the module that has its `attention` function, imported on first use.
 BACKENDS = {
     "reference": "dit_sparse.kernels.reference",
     "cpu": "dit_sparse.kernels.cpu",
+    "gathered": "dit_sparse.kernels.gathered",
     "flex": "dit_sparse.kernels.flex",
     "triton": "dit_sparse.kernels.block_sparse",
 }
-HONOUR_RULE = frozenset({"reference", "cpu", "flex"})
+HONOUR_RULE = frozenset({"reference", "gathered", "flex"})
+READ_BITS = frozenset({"cpu", "triton"})
+# The same for `block_mass`, `block_statistics` and `block_means`.
+PROBES = {
+    "reference": "dit_sparse.kernels.reference",
+    "cpu": "dit_sparse.kernels.cpu_mass",
+    "triton": "dit_sparse.kernels.block_mass",
+}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -30,7 +41,7 @@ def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: Plan,
+    plan: Plan | PackedPlan,
     *,
     valid: Tensor | None = None,
     scale: float | None = None,
@@ -42,12 +53,14 @@ def block_sparse_attention(
     Args:
         q: [B, H, Sq, D] in block order.
         k, v: [B, KV, Sk, D] in block order; H is a multiple of KV.
-        plan: The block lists; ceil(Sq / block[0]) rows over ceil(Sk / block[1]) key blocks.
+        plan: The block lists, or the same as bits; ceil(Sq / block[0]) rows over ceil(Sk / block[1]) key
+            blocks.
         valid: Which keys exist, bool [B or 1, H or KV or 1, Sk]; default all. Holes and padding are False.
         scale: Of the scores, above zero; default D ** -0.5.
         positions: Original position of each slot, int64 [1 or KV or H, S], read only where ``plan.rule`` is
             set (then Sq = Sk = S); default 0, 1, ... Holes are told by ``valid``, not by a position of -1.
-        backend: "auto" (see :func:`resolve_backend`), "reference", "cpu", "flex" or "triton".
+        backend: "auto" (see :func:`resolve_backend`), "reference", "cpu", "gathered" (PyTorch operations on
+            the CPU), "flex" or "triton".
 
     Returns:
         out [B, H, Sq, D] in the dtype of ``q``, contiguous, and lse [B, H, Sq], the natural log of the sum of
@@ -59,10 +72,7 @@ def block_sparse_attention(
     _check_tensors(q, k, v)
     _check_plan(q, k, plan)
     _check_extras(q, k, plan, valid, positions)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    elif not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be a finite number above zero, got {scale}")
+    scale = _scale(q, scale)
     if backend == "auto":
         backend, _ = resolve_backend(q.device, needs_grad=_needs_grad(q, k, v), rule=plan.rule)
     if backend not in BACKENDS:
@@ -72,9 +82,10 @@ def block_sparse_attention(
             f"backend {backend!r} cannot honour the rule {plan.rule!r} of this plan, "
             f"use one of {', '.join(sorted(HONOUR_RULE))}"
         )
+    if isinstance(plan, PackedPlan) and backend not in READ_BITS:
+        plan = plan.unpack()
     where = positions if plan.rule is not None else None
-    attention = import_module(BACKENDS[backend]).attention
-    return attention(q, k, v, plan, valid=valid, scale=scale, positions=where)
+    return _module(BACKENDS[backend]).attention(q, k, v, plan, valid=valid, scale=scale, positions=where)
 
 
 def resolve_backend(
@@ -96,7 +107,14 @@ def resolve_backend(
     needs = [n for n, asked in (("gradients", needs_grad), ("the log-sum-exp", needs_lse)) if asked]
     gives = f", which gives {' and '.join(needs)}" if needs else ""
     if kind == "cpu":
-        return "cpu", f"tensors are on the CPU: gathered key blocks and PyTorch's fused attention{gives}"
+        from dit_sparse.kernels.build import compiled
+
+        there, why = compiled()
+        if rule is not None:
+            there, why = False, "the plan has a token-level rule, which the compiled kernels do not take"
+        if not there:
+            return "gathered", f"gathered key blocks and PyTorch's fused attention, for {why}{gives}"
+        return "cpu", f"tensors are on the CPU: {why}{gives}"
     if kind == "cuda":
         if rule is not None:
             return "flex", f"the plan has a token-level rule, which the triton kernels do not take{gives}"
@@ -144,8 +162,173 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
     return out.to(outs[0].dtype).contiguous(), lse
 
 
+@torch.no_grad()
+def block_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    block: int | tuple[int, int],
+    *,
+    valid: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax mass of every block pair: one pass over the keys with a log-sum-exp that is known already.
+
+    mass[i, j] is the sum over queries a of block i and existing keys c of block j of
+    exp(scale * q_a . k_c - lse_a) (AdaSpa, arXiv 2502.21079, equation 9). With the true ``lse`` a row adds up to
+    the number of its queries. One of an earlier step is as good: then a row adds up to something else.
+
+    Args:
+        q: [B, H, Sq, D] in block order.
+        k: [B, KV, Sk, D] in block order; H is a multiple of KV.
+        lse: float32 [B, H, Sq], natural log, as attention returns it. A query whose lse is not finite has no
+            mass: fill in infinity to leave it out.
+        block: Tokens per block, or (query block, key block).
+        valid: Which keys exist, bool [B or 1, H or KV or 1, Sk]; default all.
+        scale: Of the scores, above zero; default D ** -0.5.
+        backend: "auto" (see :func:`resolve_probe`), "reference", "cpu" or "triton".
+
+    Returns:
+        float32 [B, H, Q, K] (float64 for float64 inputs), without gradient. Memory beside it is linear in Sq
+        and Sk, except for "reference".
+
+    Raises:
+        ValueError: Arguments that do not fit together, or that the backend cannot honour.
+    """
+    scale = _check_probe(q, k, lse, valid, scale)
+    return _probe(q, backend).block_mass(q, k, lse, pair_of(block), valid=valid, scale=scale)
+
+
+@torch.no_grad()
+def block_statistics(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    block: int | tuple[int, int],
+    small: float,
+    *,
+    valid: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pass of :func:`block_mass`, which also looks at single probabilities (PARO's metrics need them).
+
+    Args:
+        small: What counts as small.
+        q, k, lse, block, valid, scale, backend: As in :func:`block_mass`.
+
+    Returns:
+        mass; peak, the largest probability of each block pair, in the dtype of mass, 0 where there is none; and
+        count, int32, how many are below ``small``. All [B, H, Q, K]. Keys that do not exist and queries without
+        a finite lse do not count.
+
+    Raises:
+        ValueError: As :func:`block_mass`.
+    """
+    scale = _check_probe(q, k, lse, valid, scale)
+    return _probe(q, backend).block_statistics(q, k, lse, pair_of(block), small, valid=valid, scale=scale)
+
+
+@torch.no_grad()
+def pooled_scores(
+    q: Tensor,
+    k: Tensor,
+    block: int | tuple[int, int],
+    *,
+    valid: Tensor | None = None,
+    query_valid: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Scores of block means: scale * mean of query block i . mean of key block j.
+
+    Means are those of :func:`dit_sparse.plan.pool`, not rounded to the dtype of ``q``: rounded ones give ties.
+
+    Args:
+        q: [B, H, Sq, D] in block order.
+        k: [B, KV, Sk, D] in block order; H is a multiple of KV.
+        block: Tokens per block, or (query block, key block).
+        valid, query_valid: Which keys and queries exist, bool [B or 1, H or KV or 1, Sk or Sq]; default all.
+        scale: Of the scores, above zero; default D ** -0.5.
+        backend: As in :func:`block_mass`.
+
+    Returns:
+        float32 [B, H, Q, K] (float64 for float64 inputs), without gradient; 0 where a block has no token.
+
+    Raises:
+        ValueError: As :func:`block_mass`.
+    """
+    _check_tensors(q, k, k)
+    _check_valid(q, k, valid)
+    _check_valid(q, k, query_valid, of_queries=True)
+    scale = _scale(q, scale)
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    block_q, block_k = pair_of(block)
+    if valid is not None and valid.shape[1] > k.shape[1]:
+        k = broadcast_heads(k, valid.shape[1])
+    if query_valid is not None:
+        query_valid = broadcast_heads(query_valid, q.shape[1])
+    means = _probe(q, backend).block_means
+    queries, keys = means(q, block_q, query_valid, exact), means(k, block_k, valid, exact)
+    # The query heads that share keys as one matrix: no copy of the keys for each.
+    grouped = queries.reshape(len(q), k.shape[1], -1, q.shape[3])
+    return (grouped @ keys.mT).view(*queries.shape[:3], keys.shape[2]).mul_(scale)
+
+
+def resolve_probe(device: torch.device | str) -> tuple[str, str]:
+    """What "auto" means for probes on ``device``: the backend's name, and one sentence why."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return "cpu", "tensors are on the CPU: tiles of scores in its caches"
+    if kind == "cuda" and find_spec("triton") is not None:
+        return "triton", "a GPU with triton installed"
+    missing = "triton is not installed" if kind == "cuda" else f"no kernel for device type {kind!r}"
+    return "reference", f"{missing}, so the quadratic eager definition"
+
+
+def _probe(q: Tensor, backend: str) -> ModuleType:
+    if backend == "auto":
+        backend, _ = resolve_probe(q.device)
+    if backend not in PROBES:
+        raise ValueError(f"unknown backend {backend!r}, known are auto, {', '.join(PROBES)}")
+    return _module(PROBES[backend])
+
+
+def _module(name: str) -> ModuleType:
+    """The module of a backend, imported on first use, also while ``torch.compile`` traces this."""
+    _ensure_imported(name)
+    return sys.modules[name]
+
+
+@torch.compiler.assume_constant_result
+def _ensure_imported(name: str) -> bool:
+    import_module(name)
+    return True
+
+
 def _needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be a finite number above zero, got {scale}")
+    return scale
+
+
+def _check_probe(q: Tensor, k: Tensor, lse: Tensor, valid: Tensor | None, scale: float | None) -> float:
+    """Returns the scale."""
+    _check_tensors(q, k, k)
+    _check_valid(q, k, valid)
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if lse.shape != q.shape[:3] or lse.dtype not in (torch.float32, exact):
+        raise ValueError(f"lse must be float32 {tuple(q.shape[:3])}, got {lse.dtype} {tuple(lse.shape)}")
+    if lse.device != q.device:
+        raise ValueError(f"lse is on {lse.device}, q on {q.device}")
+    return _scale(q, scale)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -173,8 +356,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _check_plan(q: Tensor, k: Tensor, plan: Plan) -> None:
-    batch, heads, rows, _ = plan.indices.shape
+def _check_plan(q: Tensor, k: Tensor, plan: Plan | PackedPlan) -> None:
+    lists = plan.bits if isinstance(plan, PackedPlan) else plan.indices
+    batch, heads, rows, _ = lists.shape
     for name, got, length, block in (
         ("query", rows, q.shape[2], plan.block[0]),
         ("key", plan.keys, k.shape[2], plan.block[1]),
@@ -189,27 +373,33 @@ def _check_plan(q: Tensor, k: Tensor, plan: Plan) -> None:
             f"the plan is for batch {batch} and {heads} heads, "
             f"expected 1 or {q.shape[0]} and 1 or {q.shape[1]} as in q {tuple(q.shape)}"
         )
-    if plan.indices.device != q.device:
-        raise ValueError(f"the plan is on {plan.indices.device}, q on {q.device}; use plan.to(q.device)")
+    if lists.device != q.device:
+        raise ValueError(f"the plan is on {lists.device}, q on {q.device}; use plan.to(q.device)")
 
 
-def _check_extras(q: Tensor, k: Tensor, plan: Plan, valid: Tensor | None, positions: Tensor | None) -> None:
-    batch, heads, kv_heads, keys = q.shape[0], q.shape[1], k.shape[1], k.shape[2]
-    if valid is not None:
-        shape = tuple(valid.shape)
-        fits = (
-            valid.ndim == 3
-            and shape[0] in (1, batch)
-            and shape[1] in (1, kv_heads, heads)
-            and shape[2] == keys
+def _check_valid(q: Tensor, k: Tensor, valid: Tensor | None, *, of_queries: bool = False) -> None:
+    if valid is None:
+        return
+    name, of = ("query_valid", q) if of_queries else ("valid", k)
+    batch, heads, kv_heads, tokens = q.shape[0], q.shape[1], k.shape[1], of.shape[2]
+    shape = tuple(valid.shape)
+    fits = (
+        valid.ndim == 3 and shape[0] in (1, batch) and shape[1] in (1, kv_heads, heads) and shape[2] == tokens
+    )
+    if valid.dtype != torch.bool or not fits:
+        raise ValueError(
+            f"{name} must be bool [1 or {batch}, 1 or {kv_heads} or {heads}, {tokens}], "
+            f"got {valid.dtype} {shape}"
         )
-        if valid.dtype != torch.bool or not fits:
-            raise ValueError(
-                f"valid must be bool [1 or {batch}, 1 or {kv_heads} or {heads}, {keys}], "
-                f"got {valid.dtype} {shape}"
-            )
-        if valid.device != q.device:
-            raise ValueError(f"valid is on {valid.device}, q on {q.device}")
+    if valid.device != q.device:
+        raise ValueError(f"{name} is on {valid.device}, q on {q.device}")
+
+
+def _check_extras(
+    q: Tensor, k: Tensor, plan: Plan | PackedPlan, valid: Tensor | None, positions: Tensor | None
+) -> None:
+    heads, kv_heads, keys = q.shape[1], k.shape[1], k.shape[2]
+    _check_valid(q, k, valid)
     if plan.rule is None:
         return
     if q.shape[2] != keys:

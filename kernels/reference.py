@@ -62,6 +62,100 @@ def attention(
     return out.to(q.dtype).contiguous(), lse
 
 
+def features(x: Tensor, feature_map: str) -> Tensor:
+    """The features of linear attention of each token's head vector; "hedgehog" takes the projected one."""
+    if feature_map == "hedgehog":
+        return torch.cat((x.softmax(-1), (-x).softmax(-1)), -1)
+    if feature_map == "softmax":
+        return x.softmax(-1)
+    return torch.nn.functional.elu(x) + 1 if feature_map == "elu" else x.relu()
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan | None,
+    *,
+    feature_map: str,
+    weights: tuple[Tensor, Tensor] | None,
+    valid: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """See :func:`dit_sparse.kernels.linear_attention`. Differentiable by autograd."""
+    heads = q.shape[1]
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    queries, keys, values = (_per_head(x, 1, heads).to(exact) for x in (q, k, v))
+    if weights is not None:
+        queries, keys = (
+            x @ _per_head(w, 0, heads).to(exact) for x, w in zip((queries, keys), weights, strict=True)
+        )
+    scores = features(queries, feature_map) @ features(keys, feature_map).mT
+    if plan is not None:
+        scores = scores.masked_fill(token_mask(plan, q.shape[2], k.shape[2], heads), 0)
+    if valid is not None:
+        scores = scores.masked_fill(~_per_head(valid, 1, heads)[:, :, None], 0)
+    total = scores.sum(-1, keepdim=True)
+    empty = total == 0
+    out = scores @ values / (total + eps).masked_fill(empty, 1)
+    return out.masked_fill(empty, 0).to(q.dtype).contiguous()
+
+
+def block_mass(
+    q: Tensor, k: Tensor, lse: Tensor, block: tuple[int, int], *, valid: Tensor | None, scale: float
+) -> Tensor:
+    """See :func:`dit_sparse.kernels.block_mass`."""
+    probabilities, _ = _probabilities(q, k, lse, valid, scale)
+    return _by_block(probabilities, block).sum((3, 5))
+
+
+def block_statistics(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    block: tuple[int, int],
+    small: float,
+    *,
+    valid: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`dit_sparse.kernels.block_statistics`."""
+    probabilities, there = _probabilities(q, k, lse, valid, scale)
+    pairs = _by_block(probabilities, block)
+    count = _by_block((probabilities < small) & there, block).sum((3, 5), dtype=torch.int32)
+    return pairs.sum((3, 5)), pairs.amax((3, 5)), count
+
+
+def block_means(x: Tensor, block: int, valid: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """See :func:`dit_sparse.plan.pool`."""
+    tokens = torch.arange(x.shape[2], device=x.device)
+    inside = tokens // block == torch.arange(-(-x.shape[2] // block), device=x.device)[:, None]
+    if valid is not None:
+        inside = inside & valid[:, :, None]
+        x = x.masked_fill(~valid[..., None], 0)
+    inside = inside.to(dtype)
+    return inside @ x.to(dtype) / inside.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _probabilities(
+    q: Tensor, k: Tensor, lse: Tensor, valid: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """exp(score - lse), 0 for those that do not count, and which do: [B, H, Sq, Sk] both."""
+    heads = q.shape[1]
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    there = lse.isfinite()[..., None].expand(-1, -1, -1, k.shape[2])
+    if valid is not None:
+        there = there & _per_head(valid, 1, heads)[:, :, None]
+    scores = q.to(exact) @ _per_head(k, 1, heads).to(exact).mT * scale
+    return (scores - lse[..., None]).exp().masked_fill(~there, 0), there
+
+
+def _by_block(x: Tensor, block: tuple[int, int]) -> Tensor:
+    """[B, H, Sq, Sk] -> [B, H, Q, query block, K, key block], zeros after the last token."""
+    x = torch.nn.functional.pad(x, (0, -x.shape[3] % block[1], 0, -x.shape[2] % block[0]))
+    return x.unflatten(3, (-1, block[1])).unflatten(2, (-1, block[0]))
+
+
 def _per_head(x: Tensor, axis: int, heads: int) -> Tensor:
     """Repeat each of several KV heads for the query heads that share it; a single one broadcasts as it is."""
     return x if x.shape[axis] in (1, heads) else x.repeat_interleave(heads // x.shape[axis], axis)

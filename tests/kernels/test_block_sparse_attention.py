@@ -22,11 +22,13 @@ CUDA = torch.cuda.is_available()
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
 TESTED = [
     pytest.param("cpu", "cpu", id="cpu"),
+    pytest.param("gathered", "cpu", id="gathered"),
     pytest.param("flex", "cpu", id="flex"),
     *([pytest.param("triton", "cpu", id="triton")] if INTERPRETED else []),
     pytest.param("flex", "cuda", id="flex-cuda", marks=GPU),
     pytest.param("triton", "cuda", id="triton-cuda", marks=GPU),
 ]
+ON_CPU = ["cpu", "gathered"]
 REFERENCE = pytest.param("reference", "cpu", id="reference")
 # RMS of the error over RMS of the result, against float64. One bound per dtype, from its unit roundoff.
 BOUND = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -184,7 +186,7 @@ class Near:
         return (q - k).abs() <= self.reach
 
 
-@pytest.mark.parametrize("backend", ["cpu", "flex"])
+@pytest.mark.parametrize("backend", ["gathered", "flex"])
 @pytest.mark.parametrize("heads", [1, 2])
 def test_rule_on_original_positions(backend, heads):
     q, k, v, plan, valid = make(CASES[3])
@@ -225,27 +227,29 @@ def gradients(backend, tensors, plan, valid, positions=None):
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[4], CASES[6]], ids=str)
-def test_cpu_gradients(case):
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_gradients(backend, case):
     q, k, v, plan, valid = make(case)
     want = gradients("reference", [x.double() for x in (q, k, v)], plan, valid)
-    for name, got, exact in zip("qkv", gradients("cpu", (q, k, v), plan, valid), want, strict=True):
+    for name, got, exact in zip("qkv", gradients(backend, (q, k, v), plan, valid), want, strict=True):
         assert got.dtype == torch.float32
         assert rms(got - exact) <= 5e-6 * rms(exact), f"gradient of {name}"
 
 
-def test_cpu_gradients_under_a_rule():
+def test_gradients_under_a_rule():
     q, k, v, plan, valid = make(CASES[3])
     plan = Plan(plan.indices, plan.counts, plan.block, plan.keys, rule=Near(9))
     positions = torch.randperm(300, generator=torch.Generator().manual_seed(3))[None]
     want = gradients("reference", [x.double() for x in (q, k, v)], plan, valid, positions)
-    for got, exact in zip(gradients("cpu", (q, k, v), plan, valid, positions), want, strict=True):
+    for got, exact in zip(gradients("gathered", (q, k, v), plan, valid, positions), want, strict=True):
         assert rms(got - exact) <= 5e-6 * rms(exact)
 
 
-def test_cpu_gradients_of_one_output():
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_gradients_of_one_output(backend):
     q, k, v, plan, _ = make(CASES[0])
     q.requires_grad_()
-    out, lse = block_sparse_attention(q, k, v, plan, backend="cpu")
+    out, lse = block_sparse_attention(q, k, v, plan, backend=backend)
     (a,) = torch.autograd.grad(out.sum(), q, retain_graph=True)
     (b,) = torch.autograd.grad(lse[lse > float("-inf")].sum(), q)
     assert a.isfinite().all()
@@ -253,17 +257,18 @@ def test_cpu_gradients_of_one_output():
     assert b.any()
 
 
-def test_cpu_low_precision_gradients():
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_low_precision_gradients(backend):
     tensors = make(CASES[1])
     plan = tensors[3]
     want = gradients("reference", [x.bfloat16().double() for x in tensors[:3]], plan, None)
-    got = gradients("cpu", [x.bfloat16() for x in tensors[:3]], plan, None)
+    got = gradients(backend, [x.bfloat16() for x in tensors[:3]], plan, None)
     for g, w in zip(got, want, strict=True):
         assert g.dtype == torch.bfloat16
         assert rms(g - w) <= 1e-2 * rms(w)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", *ON_CPU])
 def test_gradcheck(backend):
     case = Case(9, 11, 3, (4, 3), heads=2, kv_heads=1, plan=(1, 2), valid=(1, 1))
     q, k, v, plan, valid = make(case)
@@ -276,20 +281,21 @@ def test_gradcheck(backend):
     assert torch.autograd.gradcheck(run, inputs)
 
 
-def test_cpu_sees_a_mask_changed_in_place():
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_sees_a_mask_changed_in_place(backend):
     """The grouping of rows is cached per plan and mask, and must not outlive either's content."""
     q, k, v, plan, valid = make(CASES[3])
-    before, _ = block_sparse_attention(q, k, v, plan, valid=valid, backend="cpu")
+    before, _ = block_sparse_attention(q, k, v, plan, valid=valid, backend=backend)
     valid[..., 100:] = False
-    out, _ = block_sparse_attention(q, k, v, plan, valid=valid, backend="cpu")
+    out, _ = block_sparse_attention(q, k, v, plan, valid=valid, backend=backend)
     want, _ = block_sparse_attention(q, k, v, plan, valid=valid, backend="reference")
     assert not torch.equal(out, before)
     torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
 
 
-def test_cpu_cuts_work_to_its_memory_budget(monkeypatch):
-    monkeypatch.setattr("dit_sparse.kernels.cpu.BYTES_PER_THREAD", 1)
-    check("cpu", "cpu", CASES[4], torch.float32)
+def test_gathered_cuts_work_to_its_memory_budget(monkeypatch):
+    monkeypatch.setattr("dit_sparse.kernels.gathered.BYTES_PER_THREAD", 1)
+    check("gathered", "cpu", CASES[4], torch.float32)
 
 
 ERRORS = {
@@ -312,7 +318,7 @@ ERRORS = {
         r"valid must be bool \[1 or 1, 1 or 2 or 2, 63\]",
     ),
     "scale": (lambda a: a.update(scale=-1.0), "above zero, got -1.0"),
-    "backend": (lambda a: a.update(backend="cuda"), "unknown backend 'cuda', known are auto, reference, cpu"),
+    "backend": (lambda a: a.update(backend="cuda"), "unknown backend 'cuda', known are auto, reference, cpu, gathered"),
     "wide": (
         lambda a: a.update({n: torch.zeros(1, 2, 63, 257) for n in "qkv"}),
         "head dim must lie in 1..256, got 257",
@@ -327,7 +333,7 @@ ERRORS = {
         lambda a: a.update(
             plan=Plan.from_blocks(torch.ones(4, 4, dtype=torch.bool), 16, Near(3)), backend="triton"
         ),
-        r"'triton' cannot honour the rule Near\(reach=3\).*use one of cpu, flex, reference",
+        r"'triton' cannot honour the rule Near\(reach=3\).*use one of flex, gathered, reference",
     ),
 }
 
@@ -352,7 +358,8 @@ def test_flex_refuses_gradients_on_the_cpu():
     ("device", "arguments", "backend"),
     [
         ("cpu", {}, "cpu"),
-        ("cpu", {"needs_grad": True, "needs_lse": True, "rule": Near(1)}, "cpu"),
+        ("cpu", {"needs_grad": True, "needs_lse": True}, "cpu"),
+        ("cpu", {"needs_grad": True, "rule": Near(1)}, "gathered"),
         ("cuda", {"rule": Near(1)}, "flex"),
         ("cuda", {"needs_grad": True}, "flex"),
         ("cuda:1", {}, "triton"),

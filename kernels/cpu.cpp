@@ -1,4 +1,4 @@
-// Block-sparse attention on CPUs: float and double, forward and backward. cpu.py compiles and calls this file.
+// Block-sparse attention on CPUs: float and double, forward and backward. Compiled and called by cpu.py.
 //
 // Everything is one product of a tile of keys with a panel of queries, queries lying across the lanes of the
 // vector registers. Scores are kept as [key][query] and outputs as [dim][query]: the softmax then needs no
@@ -27,34 +27,57 @@ constexpr int BYTES = 16, WIDEST = 2;
 constexpr long TILE = 64;
 // A shorter run of consecutive keys is copied together with its neighbours to fill a tile.
 constexpr long SHORT = 32;
+// Query blocks too small for a vector: how many queries one key block is given at once, and out of how many.
+constexpr size_t GATHERED = 128;
+constexpr long ROUTED = 4096;
 
-template <class T> struct Simd;
-template <> struct Simd<float> {
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> {
   typedef float Vec __attribute__((vector_size(BYTES)));
   typedef int32_t Int __attribute__((vector_size(BYTES)));
   static constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr int MANTISSA = 23, TERMS = 7;
   static constexpr float LOWEST = -126;
 };
-template <> struct Simd<double> {
+template <>
+struct Simd<double> {
   typedef double Vec __attribute__((vector_size(BYTES)));
   typedef int64_t Int __attribute__((vector_size(BYTES)));
   static constexpr double MAGIC = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int MANTISSA = 52, TERMS = 14;
   static constexpr double LOWEST = -1022;
 };
-template <class T> using Vec = typename Simd<T>::Vec;
-template <class T> constexpr int LANES = BYTES / sizeof(T);
+template <class T>
+using Vec = typename Simd<T>::Vec;
+template <class T>
+constexpr int LANES = BYTES / sizeof(T);
 
-template <class T> inline Vec<T> load(const T* p) { Vec<T> x; std::memcpy(&x, p, BYTES); return x; }
-template <class T> inline void store(T* p, Vec<T> x) { std::memcpy(p, &x, BYTES); }
-template <class T> inline Vec<T> splat(T x) { return x - Vec<T>{}; }
-template <class T> inline Vec<T> larger(Vec<T> a, Vec<T> b) { return a > b ? a : b; }
+template <class T>
+inline Vec<T> load(const T* p) {
+  Vec<T> x;
+  std::memcpy(&x, p, BYTES);
+  return x;
+}
+template <class T>
+inline void store(T* p, Vec<T> x) {
+  std::memcpy(p, &x, BYTES);
+}
+template <class T>
+inline Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
+template <class T>
+inline Vec<T> larger(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
 
-// 2^x for x <= 0: Taylor's series of exp on |f| <= ln(2)/2 is exact to rounding with TERMS terms.
-template <class T> inline Vec<T> exp2(Vec<T> x) {
+// 2^x for x <= 0: Taylor's series of exp on |f| <= ln(2)/2 is exact to rounding with TERMS terms. NaN stays.
+template <class T>
+inline Vec<T> exp2(Vec<T> x) {
   using S = Simd<T>;
-  x = larger<T>(x, splat<T>(S::LOWEST));
+  x = x < S::LOWEST ? splat<T>(S::LOWEST) : x;
   Vec<T> shifted = x + S::MAGIC;
   Vec<T> f = (x - (shifted - S::MAGIC)) * T(0.693147180559945309417);
   T factor = 1;
@@ -101,9 +124,11 @@ __attribute__((noinline)) void product_tile(long depth, const T* a, long a_row, 
 }
 
 // Rows held at once: as many accumulators as leave registers for a line of B and a broadcast element.
-template <int V> constexpr int ROWS = BYTES == 64 ? (V == 1 ? 12 : 24 / V) : (V == 1 ? 8 : 6);
+template <int V>
+constexpr int ROWS = BYTES == 64 ? (V == 1 ? 12 : 24 / V) : (V == 1 ? 8 : 6);
 
-template <class T, int R, int V, class... Rest> inline void product_rows(int rows, Rest... rest) {
+template <class T, int R, int V, class... Rest>
+inline void product_rows(int rows, Rest... rest) {
   if constexpr (R > 1)
     if (rows < R) return product_rows<T, R - 1, V>(rows, rest...);
   product_tile<T, R, V>(rest...);
@@ -130,10 +155,12 @@ void product(long rows, long depth, const T* a, long a_row, long a_step, const T
     const long left = (width - at) / L;
     const int V = left >= WIDEST ? WIDEST : left;
     auto run = [&](auto panel) { panel(rows, depth, a, a_row, a_step, b + at, b_step, c + at, c_row, add); };
-    if (WIDEST >= 4 && V == 4) run(product_panel<T, WIDEST >= 4 ? 4 : 1>);
-    else if (WIDEST >= 4 && V == 3) run(product_panel<T, WIDEST >= 4 ? 3 : 1>);
-    else if (V == 2) run(product_panel<T, 2>);
-    else run(product_panel<T, 1>);
+    if constexpr (WIDEST == 4) {
+      if (V == 4) run(product_panel<T, 4>);
+      if (V == 3) run(product_panel<T, 3>);
+    }
+    if (V == 2) run(product_panel<T, 2>);
+    if (V == 1) run(product_panel<T, 1>);
     at += V * L;
   }
 }
@@ -148,11 +175,11 @@ struct Tensor4 {  // last axis contiguous; strides in elements
 };
 
 struct Problem {
-  Tensor4 q, k, v, out, lse;                    // lse: [B, H, SQ], token stride 1
+  Tensor4 q, k, v, out, lse;                           // lse: [B, H, SQ], token stride 1
   Tensor4 grad_out, grad_lse, grad_q, grad_k, grad_v;  // of the backward
-  const int32_t *indices, *counts;              // bits: null where the plan is lists
-  const uint8_t *bits, *valid;                  // valid: null where every key exists
-  int64_t list_batch, list_head, list_row;      // strides of indices, or of bits in bytes
+  const int32_t *indices, *counts;                     // bits: null where the plan is lists
+  const uint8_t *bits, *valid;                         // valid: null where every key exists
+  int64_t list_batch, list_head, list_row;             // strides of indices, or of bits in bytes
   int64_t count_batch, count_head;
   int64_t valid_batch, valid_head, valid_heads;
   int64_t batch, heads, kv_heads, queries, keys, dim;
@@ -167,13 +194,15 @@ namespace {
 
 constexpr double LOG2E = 1.44269504088896340736, LN2 = 0.693147180559945309417;
 
-template <class T> T* at(const Tensor4& x, long b, long h, long s) {
+template <class T>
+T* at(const Tensor4& x, long b, long h, long s) {
   return static_cast<T*>(x.data) + b * x.batch + h * x.head + s * x.token;
 }
 
 long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
 
-template <class T> class Buffer {  // aligned, not initialised
+template <class T>
+class Buffer {  // aligned, not initialised
  public:
   T* get(long size) {
     if (size > size_) {
@@ -185,12 +214,17 @@ template <class T> class Buffer {  // aligned, not initialised
   }
 
  private:
-  struct Free { void operator()(T* p) const { std::free(p); } };
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
   std::unique_ptr<T, Free> data_;
   long size_ = 0;
 };
 
-struct Run { long first, last; };  // consecutive keys that exist
+// Consecutive keys that exist.
+struct Run {
+  long first, last;
+};
 
 void append(std::vector<Run>& runs, long first, long last) {
   if (first >= last) return;
@@ -198,47 +232,97 @@ void append(std::vector<Run>& runs, long first, long last) {
   else runs.push_back({first, last});
 }
 
-// The keys that query block i reads, in ascending order.
-void read_list(const Problem& p, long b, long h, long i, std::vector<Run>& runs) {
-  runs.clear();
-  const uint8_t* valid = nullptr;
-  if (p.valid) valid = p.valid + b * p.valid_batch + h * p.valid_heads / p.heads * p.valid_head;
-  auto add_block = [&](long j) {
-    const long first = j * p.block_k, last = std::min(first + p.block_k, p.keys);
-    if (!valid) return append(runs, first, last);
-    for (long s = first; s < last;) {
-      while (s < last && !valid[s]) s++;
-      const long start = s;
-      while (s < last && valid[s]) s++;
-      append(runs, start, s);
-    }
-  };
+// what(j) for each key block j that query block i lists.
+template <class What>
+void for_each_listed(const Problem& p, long b, long h, long i, What what) {
   if (!p.bits) {
     const int32_t* list = p.indices + b * p.list_batch + h * p.list_head + i * p.list_row;
     const long count = p.counts[b * p.count_batch + h * p.count_head + i];
-    for (long n = 0; n < count; n++) add_block(list[n]);
+    for (long n = 0; n < count; n++) what(list[n]);
   } else {
     const uint8_t* bits = p.bits + b * p.list_batch + h * p.list_head + i * p.list_row;
     for (long j = 0; j < p.columns; j++)
-      if (bits[j / 8] >> (7 - j % 8) & 1) add_block(j);
+      if (bits[j / 8] >> (7 - j % 8) & 1) what(j);
+  }
+}
+
+long listed(const Problem& p, long b, long h, long i) {
+  if (!p.bits) return p.counts[b * p.count_batch + h * p.count_head + i];
+  long count = 0;
+  for_each_listed(p, b, h, i, [&](long) { count++; });
+  return count;
+}
+
+// Append the keys of block j that exist.
+void append_block(const Problem& p, long b, long h, long j, std::vector<Run>& runs) {
+  const long first = j * p.block_k, last = std::min(first + p.block_k, p.keys);
+  if (!p.valid) return append(runs, first, last);
+  const uint8_t* valid = p.valid + b * p.valid_batch + h * p.valid_heads / p.heads * p.valid_head;
+  for (long s = first; s < last;) {
+    while (s < last && !valid[s]) s++;
+    const long start = s;
+    while (s < last && valid[s]) s++;
+    append(runs, start, s);
+  }
+}
+
+// Queries that read the same keys.
+struct Group {
+  std::vector<long> tokens;
+  std::vector<Run> runs;
+};
+
+// what(group) for the query blocks first ... last - 1 of a head: one block after the other or, where blocks
+// are too small to fill a vector (per-token routing), one key block after the other, the queries that list
+// it gathered. Then a query is met once for each block it lists.
+template <class What>
+void for_each_group(const Problem& p, long b, long h, long first, long last, bool routed, Group& group,
+                    What what) {
+  auto add_tokens = [&](long i) {
+    for (long s = i * p.block_q; s < std::min((i + 1) * p.block_q, p.queries); s++) group.tokens.push_back(s);
+  };
+  if (!routed) {
+    for (long i = first; i < last; i++) {
+      group.tokens.clear(), group.runs.clear();
+      add_tokens(i);
+      for_each_listed(p, b, h, i, [&](long j) { append_block(p, b, h, j, group.runs); });
+      what(group);
+    }
+    return;
+  }
+  std::vector<std::vector<long>> readers(p.columns);
+  for (long i = first; i < last; i++) for_each_listed(p, b, h, i, [&](long j) { readers[j].push_back(i); });
+  for (long j = 0; j < p.columns; j++) {
+    group.runs.clear();
+    append_block(p, b, h, j, group.runs);
+    if (group.runs.empty()) continue;
+    group.tokens.clear();
+    for (long i : readers[j]) {
+      add_tokens(i);
+      if (group.tokens.size() < GATHERED && i != readers[j].back()) continue;
+      what(group);
+      group.tokens.clear();
+    }
   }
 }
 
 // Keys and values of one tile: where they are, or copied together where runs are short.
-template <class T> struct Keys {
+template <class T>
+struct Keys {
   const T *k, *v;
   long k_row, v_row, count;
   std::vector<long> from;  // token of each, when copied
 };
 
-// Cut runs into tiles and call what(keys) for each; `first` is the token of the first key where not copied.
+// what(keys, first) for each tile of the runs; `first` is the token of its first key, unless keys are copied.
 template <class T, class What>
-void for_each_tile(const Problem& p, const T* k, const T* v, const std::vector<Run>& runs, T* copy, What what) {
+void for_each_tile(const Problem& p, const T* k, const T* v, const std::vector<Run>& runs, T* copy,
+                   What what) {
   Keys<T> keys;
   const long D = p.dim;
   for (size_t r = 0; r < runs.size();) {
     long s = runs[r].first;
-    // A run is cut evenly; what would be a short rest joins the copy below only if the whole run is short.
+    // A long run is cut evenly, so that no tile is short.
     const long length = runs[r].last - s, parts = (length + TILE - 1) / TILE;
     if (length >= SHORT || runs.size() == 1) {
       keys.from.clear();
@@ -266,10 +350,11 @@ void for_each_tile(const Problem& p, const T* k, const T* v, const std::vector<R
   }
 }
 
-// to[dim][W] = from[W][dim], queries beyond `count` as zeros.
-template <class T> void transpose_in(const T* from, long row, long count, long D, T* to, long W) {
+// to[dim][W] = the rows of some tokens, as columns; columns beyond `count` are zeros.
+template <class T>
+void transpose_in(const T* from, long row, const long* tokens, long count, long D, T* to, long W) {
   for (long d = 0; d < D; d++)
-    for (long w = 0; w < W; w++) to[d * W + w] = w < count ? from[w * row + d] : T(0);
+    for (long w = 0; w < W; w++) to[d * W + w] = w < count ? from[tokens[w] * row + d] : T(0);
 }
 
 // Fold one tile's scores [count][W] into the running peak and sum (base two): scores become weights, `out`
@@ -297,73 +382,92 @@ void online_softmax(T* scores, long count, long W, T scale, T* peak, T* sum, T* 
   }
 }
 
-template <class T> void forward(const Problem& p) {
+// Attention of a group. `meets`: its queries meet other keys in other groups, so what is there is combined
+// with what is found here.
+template <class T>
+void forward_group(const Problem& p, long b, long h, const Group& group, bool meets, Buffer<T>& memory) {
   constexpr long WIDE = WIDEST * LANES<T>;
-  const long D = p.dim, blocks = p.rows, tasks = p.batch * p.heads * blocks;
-  const long panels = (p.block_q + WIDE - 1) / WIDE;
-#pragma omp parallel num_threads(p.threads)
-  {
-    Buffer<T> memory;
-    std::vector<Run> runs;
-    T* space = memory.get(panels * (2 * D + 2) * WIDE + TILE * WIDE + 2 * TILE * D);
-    T *scores = space + panels * (2 * D + 2) * WIDE, *copy = scores + TILE * WIDE;
-#pragma omp for schedule(dynamic, 1)
-    for (long task = 0; task < tasks; task++) {
-      const long i = task % blocks, h = task / blocks % p.heads, b = task / blocks / p.heads;
-      const long kv = h * p.kv_heads / p.heads, first = i * p.block_q;
-      const long count = std::min(p.block_q, p.queries - first);
-      read_list(p, b, h, i, runs);
-      auto panel = [&](long n) { return space + n * (2 * D + 2) * WIDE; };
-      auto width = [&](long n) { return round_up(std::min(WIDE, count - n * WIDE), LANES<T>); };
-      for (long n = 0; n * WIDE < count; n++) {
-        const long W = width(n);
-        T *query = panel(n), *out = query + D * W, *peak = out + D * W, *sum = peak + W;
-        transpose_in(at<T>(p.q, b, h, first + n * WIDE), p.q.token, count - n * WIDE, D, query, W);
-        std::fill(out, out + D * W, T(0));
-        std::fill(peak, peak + W, -INFINITY);
-        std::fill(sum, sum + W, T(0));
-      }
-      for_each_tile<T>(p, at<T>(p.k, b, kv, 0), at<T>(p.v, b, kv, 0), runs, copy, [&](const Keys<T>& keys, long) {
-        for (long n = 0; n * WIDE < count; n++) {
+  const long D = p.dim, kv = h * p.kv_heads / p.heads, count = group.tokens.size();
+  const long panels = (count + WIDE - 1) / WIDE, per_panel = (2 * D + 2) * WIDE;
+  T* space = memory.get(panels * per_panel + TILE * WIDE + 2 * TILE * D);
+  T *scores = space + panels * per_panel, *copy = scores + TILE * WIDE;
+  auto width = [&](long n) { return round_up(std::min(WIDE, count - n * WIDE), LANES<T>); };
+  for (long n = 0; n < panels; n++) {
+    const long W = width(n);
+    T *query = space + n * per_panel, *out = query + D * W, *peak = out + D * W, *sum = peak + W;
+    transpose_in(at<T>(p.q, b, h, 0), p.q.token, &group.tokens[n * WIDE], count - n * WIDE, D, query, W);
+    std::fill(out, out + D * W, T(0));
+    std::fill(peak, peak + W, -INFINITY);
+    std::fill(sum, sum + W, T(0));
+  }
+  for_each_tile<T>(
+      p, at<T>(p.k, b, kv, 0), at<T>(p.v, b, kv, 0), group.runs, copy, [&](const Keys<T>& keys, long) {
+        for (long n = 0; n < panels; n++) {
           const long W = width(n);
-          T *query = panel(n), *out = query + D * W, *peak = out + D * W, *sum = peak + W;
+          T *query = space + n * per_panel, *out = query + D * W, *peak = out + D * W, *sum = peak + W;
           product<T>(keys.count, D, keys.k, keys.k_row, 1, query, W, scores, W, false, W);
           online_softmax<T>(scores, keys.count, W, p.scale * LOG2E, peak, sum, out, D);
           product<T>(D, keys.count, keys.v, 1, keys.v_row, scores, W, out, W, true, W);
         }
       });
-      for (long n = 0; n * WIDE < count; n++) {
-        const long W = width(n);
-        const T *out = panel(n) + D * W, *peak = out + D * W, *sum = peak + W;
-        for (long w = 0; w < std::min(WIDE, count - n * WIDE); w++) {
-          T* to = at<T>(p.out, b, h, first + n * WIDE + w);
-          const T share = sum[w] > 0 ? 1 / sum[w] : T(0);
-          for (long d = 0; d < D; d++) to[d] = out[d * W + w] * share;
-          *at<T>(p.lse, b, h, first + n * WIDE + w) =
-              sum[w] > 0 ? T((peak[w] + std::log2(sum[w])) * LN2) : T(-INFINITY);
-        }
-      }
+  for (long w = 0; w < count; w++) {
+    const long n = w / WIDE, W = width(n), lane = w % WIDE;
+    const T *out = space + n * per_panel + D * W + lane, *peak = out - lane + D * W, *sum = peak + W;
+    T *to = at<T>(p.out, b, h, group.tokens[w]), *lse = at<T>(p.lse, b, h, group.tokens[w]);
+    const bool some = sum[lane] != 0;
+    const T found = some ? T((peak[lane] + std::log2(sum[lane])) * LN2) : T(-INFINITY);
+    T share = some ? 1 / sum[lane] : T(0);
+    if (!meets || *lse == T(-INFINITY)) {
+      for (long d = 0; d < D; d++) to[d] = out[d * W] * share;
+      *lse = found;
+    } else {
+      const T high = std::max(*lse, found);
+      const T all = high + std::log(std::exp(*lse - high) + std::exp(found - high));
+      const T keep = std::exp(*lse - all);
+      share *= std::exp(found - all);
+      for (long d = 0; d < D; d++) to[d] = to[d] * keep + out[d * W] * share;
+      *lse = all;
     }
   }
 }
 
-// Blocks that query block i lists: how work is dealt out.
-long listed(const Problem& p, long b, long h, long i) {
-  if (!p.bits) return p.counts[b * p.count_batch + h * p.count_head + i];
-  const uint8_t* bits = p.bits + b * p.list_batch + h * p.list_head + i * p.list_row;
-  long count = 0;
-  for (long n = 0; n < (p.columns + 7) / 8; n++) count += __builtin_popcount(bits[n]);
-  return count;
+template <class T>
+bool is_routed(const Problem& p) {
+  return p.block_q < LANES<T> / 2;
 }
 
-// One query block of head h: its gradient, and its share of those of the keys and values it reads, which are
-// added to grad_k and grad_v [SK][padded]; padded is D and what completes a vector of the widest machine.
 template <class T>
-void backward_block(const Problem& p, long b, long h, long i, T* grad_k, T* grad_v, Buffer<T>& memory,
-                    std::vector<Run>& runs) {
+void forward(const Problem& p) {
+  const bool routed = is_routed<T>(p);
+  const long step = routed ? std::max(1L, ROUTED / long(p.block_q)) : 1, chunks = (p.rows + step - 1) / step;
+#pragma omp parallel num_threads(p.threads)
+  {
+    Buffer<T> memory;
+    Group group;
+#pragma omp for schedule(dynamic, 1)
+    for (long task = 0; task < p.batch * p.heads * chunks; task++) {
+      const long h = task / chunks % p.heads, b = task / chunks / p.heads;
+      const long first = task % chunks * step, last = std::min(first + step, long(p.rows));
+      if (routed)
+        for (long s = first * p.block_q; s < std::min(last * p.block_q, p.queries); s++) {
+          std::fill_n(at<T>(p.out, b, h, s), p.dim, T(0));
+          *at<T>(p.lse, b, h, s) = -INFINITY;
+        }
+      for_each_group(p, b, h, first, last, routed, group,
+                     [&](const Group& g) { forward_group<T>(p, b, h, g, routed, memory); });
+    }
+  }
+}
+
+// Add a group's gradients: of its queries to grad_q, of the keys and values it reads to grad_k and grad_v
+// [SK][padded], padded being D and what completes a vector of the widest machine.
+template <class T>
+void backward_group(const Problem& p, long b, long h, const Group& group, T* grad_k, T* grad_v,
+                    Buffer<T>& memory) {
   constexpr long WIDE = WIDEST * LANES<T>, CHUNK = 12;
-  const long D = p.dim, padded = p.grad_k.token, kv = h * p.kv_heads / p.heads, first = i * p.block_q;
-  const long count = std::min(p.block_q, p.queries - first), panels = (count + WIDE - 1) / WIDE;
+  const long D = p.dim, padded = p.grad_k.token, kv = h * p.kv_heads / p.heads;
+  const long count = group.tokens.size(), panels = (count + WIDE - 1) / WIDE;
+  const long* tokens = group.tokens.data();
   const long per_panel = (3 * D + 2) * WIDE;
   T* space = memory.get(panels * per_panel + 2 * count * padded + 2 * TILE * (WIDE + D + padded));
   T *queries = space + panels * per_panel, *outer = queries + count * padded;
@@ -371,8 +475,8 @@ void backward_block(const Problem& p, long b, long h, long i, T* grad_k, T* grad
   T* shares = copy + 2 * TILE * D;
   // dS = P * (dP - delta): the gradient of lse is P itself, so it enters with the opposite sign.
   auto delta = [&](long w) {
-    const T *a = outer + w * padded, *c = at<T>(p.out, b, h, first + w);
-    T sum = -*at<T>(p.grad_lse, b, h, first + w);
+    const T *a = outer + w * padded, *c = at<T>(p.out, b, h, tokens[w]);
+    T sum = -*at<T>(p.grad_lse, b, h, tokens[w]);
     for (long d = 0; d < D; d++) sum += a[d] * c[d];
     return sum;
   };
@@ -381,91 +485,100 @@ void backward_block(const Problem& p, long b, long h, long i, T* grad_k, T* grad
   for (long w = 0; w < count; w++) {
     std::fill(queries + w * padded + D, queries + (w + 1) * padded, T(0));
     std::fill(outer + w * padded + D, outer + (w + 1) * padded, T(0));
-    std::memcpy(queries + w * padded, at<T>(p.q, b, h, first + w), D * sizeof(T));
-    std::memcpy(outer + w * padded, at<T>(p.grad_out, b, h, first + w), D * sizeof(T));
+    std::memcpy(queries + w * padded, at<T>(p.q, b, h, tokens[w]), D * sizeof(T));
+    std::memcpy(outer + w * padded, at<T>(p.grad_out, b, h, tokens[w]), D * sizeof(T));
   }
   for (long n = 0; n < panels; n++) {
     const long W = width(n), start = n * WIDE, left = count - start;
     T *query = space + n * per_panel, *slope = query + D * W, *grad_q = slope + D * W, *lse = grad_q + D * W;
-    transpose_in(queries + start * padded, padded, left, D, query, W);
-    transpose_in(outer + start * padded, padded, left, D, slope, W);
+    transpose_in(at<T>(p.q, b, h, 0), p.q.token, tokens + start, left, D, query, W);
+    transpose_in(at<T>(p.grad_out, b, h, 0), p.grad_out.token, tokens + start, left, D, slope, W);
     std::fill(grad_q, grad_q + D * W, T(0));
     for (long w = 0; w < W; w++) {  // a padding lane has zero gradient, so any finite value does
-      lse[w] = w < left ? T(*at<T>(p.lse, b, h, first + start + w) * LOG2E) : T(0);
+      lse[w] = w < left ? T(*at<T>(p.lse, b, h, tokens[start + w]) * LOG2E) : T(0);
       lse[W + w] = w < left ? delta(start + w) : T(0);
     }
   }
-  for_each_tile<T>(p, at<T>(p.k, b, kv, 0), at<T>(p.v, b, kv, 0), runs, copy, [&](const Keys<T>& keys, long s) {
-    const bool copied = !keys.from.empty();
-    T *to_k = copied ? shares : grad_k + s * padded, *to_v = copied ? shares + TILE * padded : grad_v + s * padded;
-    if (copied) std::fill(shares, shares + 2 * TILE * padded, T(0));
-    for (long n = 0; n < panels; n++) {
-      const long W = width(n), start = n * WIDE, here = std::min(WIDE, count - start);
-      T *query = space + n * per_panel, *slope = query + D * W, *grad_q = slope + D * W, *lse = grad_q + D * W;
-      for (long j = 0; j < keys.count; j += CHUNK) {
-        const long rows = std::min(CHUNK, keys.count - j);
-        if (n == 0)  // needed last, and often far from the cache: fetched a little at a time
-          for (long line = j * padded; line < (j + rows) * padded; line += 64 / sizeof(T)) {
-            __builtin_prefetch(to_k + line, 1);
-            __builtin_prefetch(to_v + line, 1);
+  for_each_tile<T>(
+      p, at<T>(p.k, b, kv, 0), at<T>(p.v, b, kv, 0), group.runs, copy, [&](const Keys<T>& keys, long s) {
+        const bool copied = !keys.from.empty();
+        T* to_k = copied ? shares : grad_k + s * padded;
+        T* to_v = copied ? shares + TILE * padded : grad_v + s * padded;
+        if (copied) std::fill(shares, shares + 2 * TILE * padded, T(0));
+        for (long n = 0; n < panels; n++) {
+          const long W = width(n), start = n * WIDE, here = std::min(WIDE, count - start);
+          T *query = space + n * per_panel, *slope = query + D * W, *grad_q = slope + D * W;
+          T* lse = grad_q + D * W;
+          for (long j = 0; j < keys.count; j += CHUNK) {
+            const long rows = std::min(CHUNK, keys.count - j);
+            if (n == 0)  // needed last, and often far from the cache: fetched a little at a time
+              for (long line = j * padded; line < (j + rows) * padded; line += 64 / sizeof(T)) {
+                __builtin_prefetch(to_k + line, 1);
+                __builtin_prefetch(to_v + line, 1);
+              }
+            product<T>(rows, D, keys.k + j * keys.k_row, keys.k_row, 1, query, W, weights + j * W, W, false,
+                       W);
           }
-        product<T>(rows, D, keys.k + j * keys.k_row, keys.k_row, 1, query, W, weights + j * W, W, false, W);
-      }
-      product<T>(keys.count, D, keys.v, keys.v_row, 1, slope, W, slopes, W, false, W);
-      for (long w = 0; w < W; w += LANES<T>) {
-        const Vec<T> base = load(lse + w), shift = load(lse + W + w);
-        for (long j = 0; j < keys.count; j++) {
-          const Vec<T> weight = exp2<T>(load(weights + j * W + w) * T(p.scale * LOG2E) - base);
-          store(weights + j * W + w, weight);
-          store(slopes + j * W + w, weight * (load(slopes + j * W + w) - shift) * T(p.scale));
+          product<T>(keys.count, D, keys.v, keys.v_row, 1, slope, W, slopes, W, false, W);
+          for (long w = 0; w < W; w += LANES<T>) {
+            const Vec<T> base = load(lse + w), shift = load(lse + W + w);
+            for (long j = 0; j < keys.count; j++) {
+              const Vec<T> weight = exp2<T>(load(weights + j * W + w) * T(p.scale * LOG2E) - base);
+              store(weights + j * W + w, weight);
+              store(slopes + j * W + w, weight * (load(slopes + j * W + w) - shift) * T(p.scale));
+            }
+          }
+          product<T>(D, keys.count, keys.k, 1, keys.k_row, slopes, W, grad_q, W, true, W);
+          product<T>(keys.count, here, weights, W, 1, outer + start * padded, padded, to_v, padded, true,
+                     padded);
+          product<T>(keys.count, here, slopes, W, 1, queries + start * padded, padded, to_k, padded, true,
+                     padded);
         }
-      }
-      product<T>(D, keys.count, keys.k, 1, keys.k_row, slopes, W, grad_q, W, true, W);
-      product<T>(keys.count, here, weights, W, 1, outer + start * padded, padded, to_v, padded, true, padded);
-      product<T>(keys.count, here, slopes, W, 1, queries + start * padded, padded, to_k, padded, true, padded);
-    }
-    for (size_t j = 0; j < keys.from.size(); j++)
-      for (long d = 0; d < padded; d++) {
-        grad_k[keys.from[j] * padded + d] += shares[j * padded + d];
-        grad_v[keys.from[j] * padded + d] += shares[(TILE + j) * padded + d];
-      }
-  });
+        for (size_t j = 0; j < keys.from.size(); j++)
+          for (long d = 0; d < padded; d++) {
+            grad_k[keys.from[j] * padded + d] += shares[j * padded + d];
+            grad_v[keys.from[j] * padded + d] += shares[(TILE + j) * padded + d];
+          }
+      });
   for (long n = 0; n < panels; n++) {
     const long W = width(n), start = n * WIDE;
     const T* grad_q = space + n * per_panel + 2 * D * W;
     for (long w = 0; w < std::min(WIDE, count - start); w++) {
-      T* to = at<T>(p.grad_q, b, h, first + start + w);
-      for (long d = 0; d < D; d++) to[d] = grad_q[d * W + w];
+      T* to = at<T>(p.grad_q, b, h, tokens[start + w]);
+      for (long d = 0; d < D; d++) to[d] += grad_q[d * W + w];
     }
   }
 }
 
-// grad_k and grad_v of the problem are zeros [parts, B, KV, SK, padded D], to be summed over parts: the query
-// blocks that read one KV head are dealt out in `parts` runs of equal work, each with a sum of its own, so the
-// result depends neither on timing nor on who ran what.
-template <class T> void backward(const Problem& p) {
-  const long group = p.heads / p.kv_heads, items = group * p.rows, units = p.batch * p.kv_heads;
+// grad_q is zeros. grad_k and grad_v are zeros [parts, B, KV, SK, padded D], to be summed over parts: the
+// query blocks that read one KV head are dealt out in `parts` runs of equal work, each with a sum of its own,
+// so the result depends neither on timing nor on who ran what.
+template <class T>
+void backward(const Problem& p) {
+  const long heads = p.heads / p.kv_heads, units = p.batch * p.kv_heads;
 #pragma omp parallel num_threads(p.threads)
   {
     Buffer<T> memory;
-    std::vector<Run> runs;
+    Group group;
 #pragma omp for schedule(dynamic, 1)
     for (long unit = 0; unit < units * p.parts; unit++) {
       const long part = unit % p.parts, kv = unit / p.parts % p.kv_heads, b = unit / p.parts / p.kv_heads;
-      auto head = [&](long item) { return kv * group + item / p.rows; };
       long total = 0, seen = 0;
-      for (long item = 0; item < items; item++) total += listed(p, b, head(item), item % p.rows);
+      for (long h = kv * heads; h < (kv + 1) * heads; h++)
+        for (long i = 0; i < p.rows; i++) total += listed(p, b, h, i);
       const long from = total * part / p.parts, until = total * (part + 1) / p.parts;
       const long slab = (part * p.batch + b) * p.kv_heads + kv;
       T* grad_k = static_cast<T*>(p.grad_k.data) + slab * p.grad_k.head;
       T* grad_v = static_cast<T*>(p.grad_v.data) + slab * p.grad_v.head;
-      for (long item = 0; item < items; item++) {
-        const long h = head(item), i = item % p.rows, count = listed(p, b, h, i);
-        if (count > 0 && from <= seen && seen < until) {
-          read_list(p, b, h, i, runs);
-          backward_block<T>(p, b, h, i, grad_k, grad_v, memory, runs);
+      for (long h = kv * heads; h < (kv + 1) * heads; h++) {
+        long first = 0, last = 0;
+        for (long i = 0; i < p.rows; i++) {
+          if (seen < from) first = i + 1;
+          if (seen < until) last = i + 1;
+          seen += listed(p, b, h, i);
         }
-        seen += count;
+        for_each_group(p, b, h, first, last, is_routed<T>(p), group,
+                       [&](const Group& g) { backward_group<T>(p, b, h, g, grad_k, grad_v, memory); });
       }
     }
   }

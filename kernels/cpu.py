@@ -67,6 +67,7 @@ def _call(
         problem.count_batch, problem.count_head = _strides(counts)
     problem.list_batch, problem.list_head, problem.list_row = *_strides(lists), lists.stride(2)
     if valid is not None:
+        valid = valid.contiguous()
         problem.valid, problem.valid_heads = valid.data_ptr(), valid.shape[1]
         problem.valid_batch, problem.valid_head = _strides(valid)
     problem.batch, problem.heads, problem.queries, problem.dim = q.shape

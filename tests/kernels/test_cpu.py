@@ -160,6 +160,35 @@ def test_keys_that_do_not_exist_are_not_read():
     assert torch.equal(out, want)
 
 
+def test_nan_is_not_hidden():
+    q, k, v, plan = make(63, 24, (16, 16))
+    q[0, 0, 5, 3] = float("nan")
+    out, _ = block_sparse_attention(q, k, v, plan, backend="cpu")
+    assert out[0, 0, 5].isnan().all()
+    assert out.isnan().sum() <= 24
+
+
+@pytest.mark.parametrize("block", [(1, 16), (3, 40), (16, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_query_blocks(block, dtype):
+    """Per-token routing: queries are gathered by the key block they list, so one meets several groups."""
+    q, k, v, plan = make(200, 24, block, dtype=dtype)
+    tensors = [x.requires_grad_() for x in (q, k[:, :1].clone(), v[:, :1].clone())]
+    valid = torch.rand(1, 2, 200, generator=torch.Generator().manual_seed(1)) < 0.7
+
+    def everything(backend, *tensors):
+        out, lse = block_sparse_attention(*tensors, plan, valid=valid, backend=backend)
+        loss = out.square().sum() + lse.masked_fill(lse == float("-inf"), 0).sum()
+        return out, lse, *torch.autograd.grad(loss, tensors)
+
+    wants = everything("reference", *(x.detach().double().requires_grad_() for x in tensors))
+    bound = 5e-6 if dtype == torch.float32 else 1e-13
+    for got, want in zip(everything("cpu", *tensors), wants, strict=True):
+        assert torch.equal(got == float("-inf"), want == float("-inf"))
+        error = (got.double() - want).nan_to_num(0).square().mean().sqrt()
+        assert error <= bound * want.masked_fill(want == float("-inf"), 0).square().mean().sqrt()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_is_a_well_behaved_op(dtype):
     q, k, v, plan = make(63, 24, (16, 16), dtype=dtype)

@@ -5,7 +5,7 @@ READY := .venv/ready
 export PYTHONSAFEPATH := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-all check format bench gpu-check clean
+.PHONY: demo test test-all check format bench aot gpu-check clean
 
 demo: $(READY)
 	$(BIN)/dit-sparse generate --compare-dense --output outputs/demo.mp4 --report outputs/demo-report.json
@@ -30,13 +30,17 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	$(BIN)/python -m dit_sparse.kernels.bench
+	$(BIN)/dit-sparse bench kernels
+
+# Compiles what changed since kernels/RESOURCES.md was made; about a second for each variant and target.
+aot: $(READY)
+	$(BIN)/python -m dit_sparse.kernels.roofline
+	$(BIN)/python -m dit_sparse.kernels.aot
 
 # For whoever has a GPU: its tests and benchmarks in one command.
 gpu-check: $(READY)
 	$(BIN)/pytest -m gpu
-	mkdir -p outputs
-	$(BIN)/python -m dit_sparse.kernels.bench --device cuda | tee outputs/gpu-bench.csv
+	$(BIN)/dit-sparse bench kernels --device cuda --backward --output 'outputs/gpu-{device}.csv'
 
 clean:
 	rm -rf build dist outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -37,7 +37,8 @@ def attention(
         valid = valid.repeat_interleave(heads // valid.shape[1], 1)
     if positions is not None and positions.shape[0] not in (1, heads):
         positions = positions.repeat_interleave(heads // positions.shape[0], 0)
-    mask = plan.to_block_mask(q.shape[2], k.shape[2], valid, positions)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    mask = plan.to_block_mask(q.shape[2], k.shape[2], valid, positions, needs_grad)
     arguments: dict[str, Any] = {
         "block_mask": mask,
         "scale": scale,
@@ -45,7 +46,7 @@ def attention(
         "return_aux": AuxRequest(lse=True),
     }
     if q.device.type == "cpu":
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        if needs_grad:
             raise ValueError("flex gives no gradients on the CPU; use backend 'cpu' or 'reference'")
         # Without this stance eager flex compiles its own wrapper, anew for every plan.
         with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,7 +61,7 @@ def test_help_needs_no_torch() -> None:
     assert done.stdout.strip() == "set()"
     result = run("--help")
     assert result.exit_code == 0
-    assert all(word in result.output for word in ("generate", "methods", "models"))
+    assert all(word in result.output for word in ("generate", "methods", "models", "bench"))
     assert "--compare-dense" in run("generate", "--help").output
 
 
@@ -402,3 +404,75 @@ def test_the_bundled_model_is_the_default(tmp_path: Path) -> None:
     assert manifest["method"]["preset"] == "balanced"
     assert manifest["prompt"] == request.EXAMPLE
     assert decoded(tmp_path / "a.mp4").shape == (9, 64, 128, 3)
+
+
+TINY = ["--shape", "192,1,16", "--block", "32", "--contenders", "gathered,triton", "--seconds", "0.01"]
+
+
+def test_bench_kernels_prints_and_writes_the_same(tmp_path: Path) -> None:
+    result = run("bench", "kernels", *TINY, "--backward", "--output", tmp_path / "made" / "gpu-{device}.csv")
+    assert result.exit_code == 0, result.output
+    (file,) = (tmp_path / "made").iterdir()
+    assert file.name.startswith("gpu-")
+    assert "{" not in file.name
+    assert file.read_text() == result.stdout
+    rows = list(csv.DictReader(result.stdout.splitlines()))
+    assert [(row["density"], row["direction"]) for row in rows[::3]] == [
+        ("0.1667", "forward"), ("0.1667", "forward+backward"),
+        ("0.5", "forward"), ("0.5", "forward+backward"),
+    ]  # fmt: skip
+    assert [row["contender"] for row in rows] == ["dense", "gathered", "triton"] * 4
+    assert all(float(row["eta"]) > 0 for row in rows if row["contender"] == "gathered")
+
+
+def test_bench_kernels_help_names_every_choice() -> None:
+    from dit_sparse.kernels.bench import DTYPES, PATTERNS, SHAPES
+    from dit_sparse.kernels.contenders import CONTENDERS
+
+    shown = re.sub(r"[\s│]", "", run("bench", "kernels", "--help").output)
+    assert all(name in shown for name in (*SHAPES, *CONTENDERS, *DTYPES, *PATTERNS))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "tpu"], ["--device must be one of cpu, cuda, got 'tpu'"]),
+        (["--shape", "wan9"], ["--shape must be N,H,D", "hunyuanvideo-720p", "got 'wan9'"]),
+        (["--shape", "100,0,16"], ["got '100,0,16'"]),
+        (["--density", "0"], ["--density must be above 0 and at most 1, got 0"]),
+        (["--block", "128x"], ["--block must be tokens", "got '128x'"]),
+        (["--dtype", "int8"], ["--dtype must be one of auto, float32"]),
+        (["--pattern", "diagonal"], ["--pattern must be one of random, uneven"]),
+        (["--contenders", "auto,fast"], ["--contenders must be out of auto, dense", "got 'fast'"]),
+        (["--seconds", "0"], ["--seconds must be above 0, got 0"]),
+        (["--output", "a.txt"], ["--output must end in .csv, got a.txt"]),
+        (["--output", f"{__file__}/a.csv"], ["cannot be written", "test_cli.py is no folder"]),
+    ],
+)
+def test_bench_kernels_bad_input_is_one_line(arguments: list[str], words: list[str]) -> None:
+    assert_one_line(run("bench", "kernels", *arguments), *words)
+
+
+def test_bench_kernels_needs_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert_one_line(run("bench", "kernels", "--device", "cuda"), "this machine shows no CUDA device")
+
+
+def test_bench_kernels_stopped_keeps_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dit_sparse.kernels import bench
+
+    stock = bench.measure
+
+    def interrupted(case: bench.Case, *args: Any, **kwargs: Any) -> list[bench.Row]:
+        if case.density == 0.5:
+            raise KeyboardInterrupt
+        return stock(case, *args, **kwargs)
+
+    monkeypatch.setattr(bench, "measure", interrupted)
+    result = run("bench", "kernels", *TINY, "--output", tmp_path / "a.csv")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1].startswith("stopped; what was measured until then")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 4

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
 from typing import Protocol
@@ -49,7 +50,7 @@ class Plan:
     rule: Rule | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "block", _pair(self.block))
+        object.__setattr__(self, "block", pair_of(self.block))
         if self.indices.ndim != 4 or self.counts.shape != self.indices.shape[:3]:
             raise ValueError(
                 "a plan needs indices [B, H, Q, Kmax] and counts [B, H, Q], "
@@ -84,7 +85,7 @@ class Plan:
         blocks = torch.arange(keep.shape[-1], dtype=torch.int32, device=keep.device).expand_as(slot)
         indices = slot.new_zeros((*keep.shape[:-1], width + 1))
         indices.scatter_(-1, slot.long(), blocks)
-        return cls(indices[..., :width].contiguous(), counts, _pair(block), keep.shape[-1], rule)
+        return cls(indices[..., :width].contiguous(), counts, pair_of(block), keep.shape[-1], rule)
 
     def to_blocks(self) -> Tensor:
         """The block mask, bool [B or 1, H or 1, Q, keys]."""
@@ -100,7 +101,12 @@ class Plan:
         return Plan(self.indices.to(device), self.counts.to(device), self.block, self.keys, self.rule)
 
     def to_block_mask(
-        self, q_len: int, k_len: int, valid: Tensor | None = None, positions: Tensor | None = None
+        self,
+        q_len: int,
+        k_len: int,
+        valid: Tensor | None = None,
+        positions: Tensor | None = None,
+        gradients: bool = False,
     ) -> BlockMask:
         """FlexAttention's form of this plan.
 
@@ -112,6 +118,7 @@ class Plan:
             valid: Key validity of the ordered sequence, bool [B or 1, H or 1, k_len].
             positions: int64 [1 or H, k_len], the original position in each slot, for ``rule``; default 0, 1,
                 ...
+            gradients: Also make the transposed lists, which flex's backward reads.
         """
         keep = self.to_blocks()
         batch, heads = keep.shape[:2]
@@ -135,7 +142,7 @@ class Plan:
             BLOCK_SIZE=self.block,
             mask_mod=mask_mod,
             seq_lengths=(q_len, k_len),
-            compute_q_blocks=False,
+            compute_q_blocks=gradients,
         )
 
     def pairs(
@@ -259,12 +266,16 @@ def pool(x: Tensor, block: int, valid: Tensor | None = None) -> Tensor:
     Returns:
         [B, H, ceil(S'/block), D] in the dtype of ``x`` (summed in float32); a block with no valid token is 0.
     """
+    wants_gradient = torch.is_grad_enabled() and x.requires_grad
+    if x.is_cuda and x.dtype != torch.float64 and not wants_gradient and find_spec("triton") is not None:
+        from dit_sparse.kernels.mass import block_means
+
+        return block_means(x, block, valid, x.dtype)
     if valid is None:
         valid = torch.ones((1, 1, x.shape[2]), dtype=torch.bool, device=x.device)
     pad = -x.shape[2] % block
-    total = (
-        torch.nn.functional.pad(x.float() * valid[..., None], (0, 0, 0, pad)).unflatten(2, (-1, block)).sum(3)
-    )
+    exact = x.to(torch.promote_types(x.dtype, torch.float32)).masked_fill(~valid[..., None], 0)
+    total = torch.nn.functional.pad(exact, (0, 0, 0, pad)).unflatten(2, (-1, block)).sum(3)
     count = torch.nn.functional.pad(valid, (0, pad)).unflatten(2, (-1, block)).sum(3)
     return (total / count.clamp(min=1)[..., None]).to(x.dtype)
 
@@ -325,7 +336,8 @@ def blocks_of(tokens: int, block: int) -> int:
     return ceil(tokens / block)
 
 
-def _pair(block: int | tuple[int, int]) -> tuple[int, int]:
+def pair_of(block: int | tuple[int, int]) -> tuple[int, int]:
+    """(query block, key block) in tokens; an int means both."""
     q, k = (block, block) if isinstance(block, int) else block
     if q < 1 or k < 1:
         raise ValueError(f"block must be a positive number of tokens, got {block}")

@@ -32,7 +32,7 @@ READ_BITS = frozenset({"cpu", "triton"})
 PROBES = {
     "reference": "dit_sparse.kernels.reference",
     "cpu": "dit_sparse.kernels.cpu_mass",
-    "triton": "dit_sparse.kernels.block_mass",
+    "triton": "dit_sparse.kernels.mass",
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -176,8 +176,8 @@ def block_mass(
     """Softmax mass of every block pair: one pass over the keys with a log-sum-exp that is known already.
 
     mass[i, j] is the sum over queries a of block i and existing keys c of block j of
-    exp(scale * q_a . k_c - lse_a) (AdaSpa, arXiv 2502.21079, equation 9). With the true ``lse`` a row adds up to
-    the number of its queries. One of an earlier step is as good: then a row adds up to something else.
+    exp(scale * q_a . k_c - lse_a) (AdaSpa, arXiv 2502.21079). With the true ``lse`` each row adds up to the
+    number of its queries; with that of an earlier step it does not, and single terms may be above one.
 
     Args:
         q: [B, H, Sq, D] in block order.
@@ -219,9 +219,9 @@ def block_statistics(
         q, k, lse, block, valid, scale, backend: As in :func:`block_mass`.
 
     Returns:
-        mass; peak, the largest probability of each block pair, in the dtype of mass, 0 where there is none; and
-        count, int32, how many are below ``small``. All [B, H, Q, K]. Keys that do not exist and queries without
-        a finite lse do not count.
+        mass, peak and count, each [B, H, Q, K]: peak is the largest probability of a block pair, 0 where
+        there is none, in the dtype of mass; count is how many are below ``small``, int32. Keys that do not
+        exist and queries without a finite lse do not count.
 
     Raises:
         ValueError: As :func:`block_mass`.
@@ -243,7 +243,7 @@ def pooled_scores(
 ) -> Tensor:
     """Scores of block means: scale * mean of query block i . mean of key block j.
 
-    Means are those of :func:`dit_sparse.plan.pool`, not rounded to the dtype of ``q``: rounded ones give ties.
+    The means are those of :func:`dit_sparse.plan.pool`, but stay float32: in bfloat16 they would give ties.
 
     Args:
         q: [B, H, Sq, D] in block order.
@@ -266,7 +266,7 @@ def pooled_scores(
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     block_q, block_k = pair_of(block)
     if valid is not None and valid.shape[1] > k.shape[1]:
-        k = broadcast_heads(k, valid.shape[1])
+        k = k.repeat_interleave(valid.shape[1] // k.shape[1], 1)
     if query_valid is not None:
         query_valid = broadcast_heads(query_valid, q.shape[1])
     means = _probe(q, backend).block_means

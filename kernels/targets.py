@@ -60,7 +60,7 @@ def target_of(device: torch.device) -> Target:
         return TARGETS["gfx942"]
     gpu = torch.cuda.get_device_properties(device)
     capability = 10 * gpu.major + gpu.minor
-    shared = gpu.shared_memory_per_block_optin
+    shared = gpu.shared_memory_per_block_optin  # type: ignore[attr-defined]
     known = [t for t in TARGETS.values() if not t.is_amd and t.shared <= shared]
     target = ([smallest] + [t for t in known if int(t.name.removeprefix("sm_")) <= capability])[-1]
     # GPUs older than any such target (RTX 3090, T4) borrow the smallest, with what they have themselves.

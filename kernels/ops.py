@@ -118,8 +118,6 @@ def resolve_backend(
     if kind == "cuda":
         if rule is not None:
             return "flex", f"the plan has a token-level rule, which the triton kernels do not take{gives}"
-        if needs_grad:
-            return "flex", f"the triton kernels have no backward yet{gives}"
         if find_spec("triton") is None:
             return "flex", f"triton is not installed{gives}"
         return "triton", f"a GPU with triton installed{gives}"

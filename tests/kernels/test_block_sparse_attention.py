@@ -29,6 +29,8 @@ TESTED = [
     pytest.param("triton", "cuda", id="triton-cuda", marks=GPU),
 ]
 ON_CPU = ["cpu", "gathered"]
+# Eager FlexAttention, on the CPU, has no gradients.
+DIFFERENTIABLE = [p for p in TESTED if p.values != ("flex", "cpu")]
 REFERENCE = pytest.param("reference", "cpu", id="reference")
 # RMS of the error over RMS of the result, against float64. One bound per dtype, from its unit roundoff.
 BOUND = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -108,9 +110,13 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
 
 
-def check(backend, device, case, dtype):
+def skip_odd_blocks(backend, device, case):
     if backend == "flex" and device == "cuda" and (case.block[0] % 16 or case.block[1] % 16):
         pytest.skip("flex on a GPU needs blocks of a multiple of 16 tokens")
+
+
+def check(backend, device, case, dtype):
+    skip_odd_blocks(backend, device, case)
     q, k, v, plan, valid = make(case, dtype, device)
     truth, truth_lse = block_sparse_attention(
         q.double(), k.double(), v.double(), plan, valid=valid, backend="reference"
@@ -218,21 +224,23 @@ def gradients(backend, tensors, plan, valid, positions=None):
     q, k, v = (x.detach().clone().requires_grad_() for x in tensors)
     out, lse = block_sparse_attention(q, k, v, plan, valid=valid, positions=positions, backend=backend)
     g = torch.Generator().manual_seed(2)
-    weight = torch.randn(out.shape, generator=g, dtype=torch.float64)
-    lse_weight = torch.randn(lse.shape, generator=g, dtype=torch.float64)
+    weight = torch.randn(out.shape, generator=g, dtype=torch.float64).to(out.device)
+    lse_weight = torch.randn(lse.shape, generator=g, dtype=torch.float64).to(out.device)
     # An empty query's lse is -inf whatever its inputs: it takes no part in a loss.
     finite = torch.where(lse == float("-inf"), 0, lse)
     loss = (out * weight).sum() + (finite * lse_weight).sum()
     return torch.autograd.grad(loss, (q, k, v))
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[4], CASES[6]], ids=str)
-@pytest.mark.parametrize("backend", ON_CPU)
-def test_gradients(backend, case):
-    q, k, v, plan, valid = make(case)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("backend", "device"), DIFFERENTIABLE)
+def test_gradients(backend, device, case, poisoned):
+    skip_odd_blocks(backend, device, case)
+    q, k, v, plan, valid = make(case, device=device)
     want = gradients("reference", [x.double() for x in (q, k, v)], plan, valid)
     for name, got, exact in zip("qkv", gradients(backend, (q, k, v), plan, valid), want, strict=True):
         assert got.dtype == torch.float32
+        assert got.isfinite().all()
         assert rms(got - exact) <= 5e-6 * rms(exact), f"gradient of {name}"
 
 
@@ -245,9 +253,9 @@ def test_gradients_under_a_rule():
         assert rms(got - exact) <= 5e-6 * rms(exact)
 
 
-@pytest.mark.parametrize("backend", ON_CPU)
-def test_gradients_of_one_output(backend):
-    q, k, v, plan, _ = make(CASES[0])
+@pytest.mark.parametrize(("backend", "device"), DIFFERENTIABLE)
+def test_gradients_of_one_output(backend, device):
+    q, k, v, plan, _ = make(CASES[0], device=device)
     q.requires_grad_()
     out, lse = block_sparse_attention(q, k, v, plan, backend=backend)
     (a,) = torch.autograd.grad(out.sum(), q, retain_graph=True)
@@ -257,15 +265,16 @@ def test_gradients_of_one_output(backend):
     assert b.any()
 
 
-@pytest.mark.parametrize("backend", ON_CPU)
-def test_low_precision_gradients(backend):
-    tensors = make(CASES[1])
-    plan = tensors[3]
-    want = gradients("reference", [x.bfloat16().double() for x in tensors[:3]], plan, None)
-    got = gradients(backend, [x.bfloat16() for x in tensors[:3]], plan, None)
-    for g, w in zip(got, want, strict=True):
-        assert g.dtype == torch.bfloat16
-        assert rms(g - w) <= 1e-2 * rms(w)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(("backend", "device"), DIFFERENTIABLE)
+def test_low_precision_gradients(backend, device, dtype):
+    if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the Triton interpreter has no bfloat16 product")
+    *tensors, plan, _ = make(CASES[1], dtype, device)
+    want = gradients("reference", [x.double() for x in tensors], plan, None)
+    for got, exact in zip(gradients(backend, tensors, plan, None), want, strict=True):
+        assert got.dtype == dtype
+        assert rms(got - exact) <= (2e-3 if dtype == torch.float16 else 1e-2) * rms(exact)
 
 
 @pytest.mark.parametrize("backend", ["reference", *ON_CPU])
@@ -361,7 +370,7 @@ def test_flex_refuses_gradients_on_the_cpu():
         ("cpu", {"needs_grad": True, "needs_lse": True}, "cpu"),
         ("cpu", {"needs_grad": True, "rule": Near(1)}, "gathered"),
         ("cuda", {"rule": Near(1)}, "flex"),
-        ("cuda", {"needs_grad": True}, "flex"),
+        ("cuda", {"needs_grad": True}, "triton"),
         ("cuda:1", {}, "triton"),
         ("mps", {}, "reference"),
     ],
@@ -400,14 +409,6 @@ def test_triton_refuses_cpu_tensors():
     q, k, v, plan, _ = make(CASES[0])
     with pytest.raises(ValueError, match="needs tensors on a GPU, got cpu"):
         block_sparse_attention(q, k, v, plan, backend="triton")
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="runs where the Triton backend takes CPU tensors")
-def test_triton_backward_is_refused():
-    q, k, v, plan, _ = make(CASES[0])
-    out, _ = block_sparse_attention(q.requires_grad_(), k, v, plan, backend="triton")
-    with pytest.raises(NotImplementedError, match="triton backend has no backward"):
-        out.sum().backward()
 
 
 def test_works_without_triton():

@@ -50,14 +50,6 @@ def _weights(b_s, b_m, b_l, SCALE_LOG2, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _online_softmax(b_s, b_m, b_l, b_acc, b_v, SCALE_LOG2, PRECISION: tl.constexpr, MASKED: tl.constexpr):
-    """Fold a tile of scores [M, N] and values [N, D] into the running peak, sum and output, base two."""
-    b_p, b_decay, b_m, b_l = _weights(b_s, b_m, b_l, SCALE_LOG2, MASKED)
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision=PRECISION)
-    return b_m, b_l, b_acc
-
-
-@triton.jit
 def _part(p_x, o_row, s_row, m_row, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
     """Columns START to START + WIDTH of rows; zeros from D on, and outside of ``m_row`` if it is not None."""
     o_d = START + tl.arange(0, WIDTH)
@@ -293,8 +285,8 @@ class Tiles(NamedTuple):
     """Whether loads, products and softmax get warps of their own (sm_100, with ``tma``)."""
 
 
-# By target and D, rounded up to one of these. No GPU has timed them: they are the largest that spill nothing
-# (RESOURCES.md), with 16 rows a warp, so that no row is shared by warps; `tune` finds what is fastest.
+# By target and D, rounded up to one of these. No GPU has timed them: up to D 128 they are the largest tried
+# that spill nothing (RESOURCES.md), and no warps share a row; `tune` finds what is fastest.
 SYNCHRONOUS = {64: Tiles(128, 128, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(128, 32, 8, 2)}
 TILES = {
     "sm_80": SYNCHRONOUS,
@@ -306,7 +298,7 @@ TILES = {
 }
 WITH_TMA = ("sm_90", "sm_100")
 # A float32 product is made of three of the halves of its operands (see `precision`), which takes registers.
-FLOAT32 = {64: Tiles(64, 32, 4, 1), 128: Tiles(64, 16, 4, 1), 256: Tiles(32, 16, 2, 1)}
+FLOAT32 = {64: Tiles(64, 32, 4, 1), 128: Tiles(64, 16, 4, 1), 256: Tiles(16, 16, 1, 1)}
 
 
 def tiles(target: Target, head_dim: int, itemsize: int, block: tuple[int, int]) -> Tiles:
@@ -342,41 +334,6 @@ def parts(target: Target, head_dim: int, queries: int) -> tuple[tuple[int, int, 
         small = triton.next_power_of_2(left - large)
         widths += [2 * large] if small == large else [large, small] if small else [large]
     return tuple((i, sum(widths[:i]), width) for i, width in enumerate(widths))
-
-
-class Config(NamedTuple):
-    """Tile sizes and launch options of a kernel that holds all of D in one tile."""
-
-    tile_m: int
-    tile_n: int
-    tile_d: int
-    num_warps: int
-    num_stages: int
-
-
-def config(head_dim: int, itemsize: int, block: tuple[int, int], shared: int) -> Config:
-    """Tiles for one shape.
-
-    Args:
-        head_dim: D.
-        itemsize: Bytes of one element of q, k and v.
-        block: Tokens of a query and of a key block; larger blocks are cut into several tiles.
-        shared: Bytes of shared memory one program may use; decides how many stages of loads are in flight.
-    """
-    tile_d = max(16, triton.next_power_of_2(head_dim))
-    # A float32 product is made of the halves of its operands (see `precision`): twice the room.
-    row = tile_d * itemsize * (2 if itemsize == 4 else 1)
-    # Beyond 256 bytes a row, fewer rows: the query tile stays at 32 KiB, a stage of keys and values likewise.
-    narrow = max(1, row // 256)
-    tile_m = max(16, min(128 // narrow, triton.next_power_of_2(block[0])))
-    tile_n = max(16, min(64 // narrow, triton.next_power_of_2(block[1])))
-    # A reduction across warps needs a little scratch where several share the rows of a narrow tile.
-    scratch = 0 if narrow == 1 else 8 << 10
-    room = shared - scratch - tile_m * row
-    while tile_n > 16 and room < 2 * 2 * tile_n * row:
-        tile_n //= 2
-    stages = room // (2 * tile_n * row)
-    return Config(tile_m, tile_n, tile_d, 8 if tile_m * tile_d >= 128 * 128 else 4, max(1, min(3, stages)))
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -423,6 +380,8 @@ def _launch(
     queries, keys = (tokens, k.shape[2]) if index is None else (index.shape[1], index.shape[1])
     q, k, v = (_rows(x) for x in (q, k, v))
     cut = own or tiles_for(q, block)
+    if cut.tma and not (index is None and _describable(k) and _describable(v)):
+        cut = cut._replace(tma=False, specialize=False)
     blocks = triton.cdiv(keys, block[1])
     if valid is not None:
         # As wide as a float: bytes would make the compiler lay out the products as if for one-byte operands.
@@ -484,6 +443,12 @@ def _launch(
 def _stages(cut: Tiles, gather: bool) -> int:
     """Of the software pipeline: what says where keys are is loaded as far ahead of them as they are."""
     return 1 + cut.ahead * (3 if gather else 2)
+
+
+def _describable(x: Tensor) -> bool:
+    """A descriptor wants rows that start at multiples of 16 bytes."""
+    steps = (x.data_ptr(), *(n * x.element_size() for n in x.stride()[:3]))
+    return all(step % 16 == 0 for step in steps)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_sparse.kernels.block_sparse import _online_softmax, _rows, precision
+from dit_sparse.kernels.block_sparse import _rows, _weights, precision
 from dit_sparse.kernels.block_sparse_backward import (
     Tiles,
     _dq_step,
@@ -48,6 +48,14 @@ IN_CI = {("sm_80", "bf16 D128"), ("sm_90", "bf16 D128 valid"), ("sm_120", "bf16 
 # Arguments of the part kernels whose values would compile them anew, and gain nothing by it.
 PLAIN = [*(f"s_{x}{axis}" for x in "rembd" for axis in "bhq"), *"HKEW"]
 PLAIN += ["H_FIRST", "LEAD_B", "LEAD_H", "SQ", "SK", "BITS", "BK"]
+
+
+@triton.jit
+def _online_softmax(b_s, b_m, b_l, b_acc, b_v, SCALE_LOG2, PRECISION: tl.constexpr, MASKED: tl.constexpr):
+    """Fold a tile of scores [M, N] and values [N, D] into the running peak, sum and output, base two."""
+    b_p, b_decay, b_m, b_l = _weights(b_s, b_m, b_l, SCALE_LOG2, MASKED)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision=PRECISION)
+    return b_m, b_l, b_acc
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_cases import CASES, Case, make, rms
 
 from dit_sparse.kernels import block_sparse_attention
 from dit_sparse.kernels.ops import BACKENDS, resolve_backend
@@ -35,67 +36,6 @@ REFERENCE = pytest.param("reference", "cpu", id="reference")
 # RMS of the error over RMS of the result, against float64. One bound per dtype, from its unit roundoff.
 BOUND = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 LSE_BOUND = {torch.float32: 5e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
-
-
-@dataclass(frozen=True)
-class Case:
-    """Shapes of one comparison; ``plan`` and ``valid`` are the (batch, heads) of those two."""
-
-    queries: int
-    keys: int
-    head_dim: int
-    block: tuple[int, int]
-    batch: int = 1
-    heads: int = 2
-    kv_heads: int = 2
-    plan: tuple[int, int] = (1, 1)
-    valid: tuple[int, int] | None = None
-
-    def __str__(self):
-        heads = f"{self.heads}of{self.kv_heads}" if self.heads != self.kv_heads else str(self.heads)
-        valid = "" if self.valid is None else f"-valid{self.valid[0]}x{self.valid[1]}"
-        return (
-            f"{self.queries}x{self.keys}-D{self.head_dim}-block{self.block[0]}x{self.block[1]}"
-            f"-B{self.batch}-H{heads}-plan{self.plan[0]}x{self.plan[1]}{valid}"
-        )
-
-
-CASES = [
-    Case(63, 63, 16, (16, 16)),
-    Case(127, 127, 24, (32, 32), batch=2, plan=(1, 2)),
-    Case(200, 200, 40, (64, 32), batch=2, plan=(2, 2)),
-    Case(300, 300, 48, (24, 40), plan=(1, 2), valid=(1, 1)),
-    Case(63, 127, 64, (32, 32), batch=2, heads=4, kv_heads=2, plan=(2, 4), valid=(2, 1)),
-    Case(200, 63, 128, (64, 32), heads=4, kv_heads=2, valid=(1, 2)),
-    Case(128, 192, 48, (32, 64), batch=2, heads=4, kv_heads=1, plan=(2, 1), valid=(2, 4)),
-    Case(40, 96, 3, (1, 16), plan=(1, 2)),
-    Case(160, 160, 160, (160, 160), heads=1, kv_heads=1, valid=(1, 1)),
-]
-
-
-def make(case, dtype=torch.float32, device="cpu", seed=0):
-    """q, k, v, plan and valid of a case. Row 1 of the plan is empty, and key block 1 is all holes."""
-    g = torch.Generator().manual_seed(seed)
-    q = torch.randn(case.batch, case.heads, case.queries, case.head_dim, generator=g)
-    k = torch.randn(case.batch, case.kv_heads, case.keys, case.head_dim, generator=g)
-    v = torch.randn(case.batch, case.kv_heads, case.keys, case.head_dim, generator=g)
-    rows, columns = -(-case.queries // case.block[0]), -(-case.keys // case.block[1])
-    keep = torch.rand(*case.plan, rows, columns, generator=g) < 0.6
-    keep[:, :, 0] = True
-    if rows > 1:
-        keep[0, 0, 1] = False
-    valid = None
-    if case.valid is not None:
-        valid = torch.rand(*case.valid, case.keys, generator=g) < 0.8
-        valid[0, :, case.block[1] : 2 * case.block[1]] = False
-        valid[..., : min(case.block[1], case.keys - 1)] = True
-    plan = Plan.from_blocks(keep, case.block).to(device)
-    tensors = [x.to(device, dtype) for x in (q, k, v)]
-    return *tensors, plan, None if valid is None else valid.to(device)
-
-
-def rms(x):
-    return x.double().square().mean().sqrt().item()
 
 
 @pytest.fixture
@@ -327,7 +267,7 @@ ERRORS = {
         r"valid must be bool \[1 or 1, 1 or 2 or 2, 63\]",
     ),
     "scale": (lambda a: a.update(scale=-1.0), "above zero, got -1.0"),
-    "backend": (lambda a: a.update(backend="cuda"), "unknown backend 'cuda', known are auto, reference, cpu, gathered"),
+    "backend": (lambda a: a.update(backend="cuda"), "unknown backend 'cuda', known are auto, reference, cpu"),
     "wide": (
         lambda a: a.update({n: torch.zeros(1, 2, 63, 257) for n in "qkv"}),
         "head dim must lie in 1..256, got 257",

@@ -250,7 +250,7 @@ def _attend(
     b_decay = tl.exp2(b_m - b_base)
     b_l = b_l * b_decay + tl.sum(b_p, 1)
     b_p = _shuffle(_cast(b_p, p_v.dtype.scalar.element_ty))
-    b_sums: tuple = ()
+    b_sums = b_acc[:0]
     for j in tl.static_range(len(b_acc)):
         b_v = tl.trans(tl.load(p_v + j * S_V))
         if b_v.dtype == tl.float16:
@@ -666,7 +666,7 @@ def variants(target: Target) -> list[Variant]:
         label = f"{kind} D{head_dim} 128"
         out.append(_variant(quantize_channels_kernel, label, kinds, sizes | group, **options))
         if kind in QK:
-            flags = {"IS_KEY": True, "SMOOTH": True}
+            flags: dict[str, Any] = {"IS_KEY": True, "SMOOTH": True}
             out.append(_variant(quantize_rows_kernel, label, kinds, sizes | group | flags, **options))
         else:
             flags = {"TILE_S": STATISTICS_TILE // head_dim, "SMOOTH": True}

@@ -5,19 +5,16 @@ The Triton backend takes part on a GPU (``-m gpu``), and on the CPU in a process
 """
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
+from interpreter import INTERPRETED, run_under_interpreter
 
 from dit_sparse.kernels import block_mass, block_sparse_attention, block_statistics, pooled_scores
 from dit_sparse.kernels.ops import PROBES, resolve_probe
 from dit_sparse.plan import Plan, blocks_of, pool
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -387,18 +384,4 @@ def test_triton_refuses_cpu_tensors():
 @pytest.mark.skipif(INTERPRETED, reason="this process is the one under the interpreter")
 def test_triton_under_the_interpreter():
     pytest.importorskip("triton")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        __file__,
-        "-k",
-        "triton",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-    ]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_under_interpreter(__file__, "-k", "triton")

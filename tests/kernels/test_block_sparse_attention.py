@@ -4,7 +4,6 @@ The Triton backend takes part on a GPU (``-m gpu``), and on the CPU in a process
 ``test_triton_under_the_interpreter`` starts one.
 """
 
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import CASES, Case, make, rms
+from interpreter import INTERPRETED, run_under_interpreter
 
 from dit_sparse.kernels import block_sparse_attention
 from dit_sparse.kernels.ops import BACKENDS, resolve_backend
 from dit_sparse.plan import Plan
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available()
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
 TESTED = [
@@ -326,21 +325,7 @@ def test_resolve_backend(device, arguments, backend):
 @pytest.mark.skipif(INTERPRETED, reason="this process is the one under the interpreter")
 def test_triton_under_the_interpreter():
     pytest.importorskip("triton")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        __file__,
-        "-k",
-        "triton",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-    ]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_under_interpreter(__file__, "-k", "triton")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this process is the one under the interpreter")

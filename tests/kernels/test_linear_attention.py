@@ -5,7 +5,6 @@ The Triton backend takes part on a GPU (``-m gpu``), and on the CPU in a process
 """
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from interpreter import INTERPRETED, run_under_interpreter
 
 from dit_sparse.kernels import linear_attention
 from dit_sparse.plan import Plan
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available()
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
 TRITON = [
@@ -398,21 +397,7 @@ def test_errors_say_what_came_and_what_was_expected(name):
 @pytest.mark.skipif(INTERPRETED, reason="this process is the one under the interpreter")
 def test_triton_under_the_interpreter():
     pytest.importorskip("triton")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        __file__,
-        "-k",
-        "triton",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-    ]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_under_interpreter(__file__, "-k", "triton")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this process is the one under the interpreter")

@@ -3,13 +3,11 @@
 The kernels run on a GPU (``-m gpu``), and on the CPU in the process ``test_under_the_interpreter`` starts.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
+from interpreter import INTERPRETED, run_under_interpreter
 
 from dit_sparse.plan import Plan
 
@@ -17,7 +15,6 @@ pytest.importorskip("triton")
 
 from dit_sparse.kernels.lists import column_lists, expand, row_lists, transpose
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICES = [*(["cpu"] if INTERPRETED else []), pytest.param("cuda", marks=GPU)]
 
@@ -159,7 +156,4 @@ def test_lists_are_not_copied_where_none_changes():
 
 @pytest.mark.skipif(INTERPRETED, reason="this process is the one under the interpreter")
 def test_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-p", "no:xdist"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_under_interpreter(__file__)

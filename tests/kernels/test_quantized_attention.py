@@ -8,16 +8,14 @@ and tensor cores are checked along with those of all kernels, in ``test_aot.py``
 """
 
 import itertools
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import INTERPRETED, run_under_interpreter
 
 from dit_sparse.kernels import (
     block_sparse_attention,
@@ -30,7 +28,6 @@ from dit_sparse.kernels.quant_ops import LIMITS, PV, QK, WEIGHT_OF_ONE
 from dit_sparse.kernels.targets import TARGETS
 from dit_sparse.plan import Plan
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICES = [
     *([pytest.param("cpu", id="triton")] if INTERPRETED else []),
@@ -501,13 +498,4 @@ def test_triton_op(device):
 @pytest.mark.skipif(INTERPRETED, reason="this process is the one under the interpreter")
 def test_triton_under_the_interpreter():
     pytest.importorskip("triton")
-    options = ["-k", "triton", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, *options],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_under_interpreter(__file__, "-k", "triton")

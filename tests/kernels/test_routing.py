@@ -3,13 +3,11 @@
 They run on a GPU (``-m gpu``), and on the CPU in the process ``test_under_the_interpreter`` starts.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
+from interpreter import INTERPRETED, run_under_interpreter
 
 from dit_sparse.kernels import block_sparse_attention
 from dit_sparse.plan import Plan
@@ -19,7 +17,6 @@ pytest.importorskip("triton")
 from dit_sparse.kernels import routing
 from dit_sparse.kernels.routing import routed_attention
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICES = [*(["cpu"] if INTERPRETED else []), pytest.param("cuda", marks=GPU)]
 # RMS of the error over RMS of the result, against float64. One bound per dtype, from its unit roundoff.
@@ -239,7 +236,4 @@ def test_compiles_whole(device):
 
 @pytest.mark.skipif(INTERPRETED, reason="this process is the one under the interpreter")
 def test_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-p", "no:xdist"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_under_interpreter(__file__)

@@ -4,14 +4,12 @@ They run on a GPU (``-m gpu``), and on the CPU in the process ``test_under_the_i
 """
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import CASES, Case, make, rms
+from interpreter import INTERPRETED, run_under_interpreter
 
 from dit_sparse.kernels import block_sparse_attention, merge
 from dit_sparse.plan import Plan
@@ -21,7 +19,6 @@ pytest.importorskip("triton")
 from dit_sparse.kernels.block_sparse_backward import backward, tiles
 from dit_sparse.kernels.targets import TARGETS
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICES = [*(["cpu"] if INTERPRETED else []), pytest.param("cuda", marks=GPU)]
 # RMS of the error over RMS of the gradient, against float64.
@@ -203,7 +200,4 @@ def test_every_target_has_tiles(target):
 
 @pytest.mark.skipif(INTERPRETED, reason="this process is the one under the interpreter")
 def test_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-p", "no:xdist"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_under_interpreter(__file__)

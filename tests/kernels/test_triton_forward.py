@@ -4,12 +4,12 @@ The kernel itself is tested in a process under TRITON_INTERPRET=1: ``test_under_
 """
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from interpreter import INTERPRETED, run_under_interpreter
 
 triton = pytest.importorskip("triton")
 
@@ -22,7 +22,6 @@ from dit_sparse.layout import TokenLayout  # noqa: E402
 from dit_sparse.order import Order  # noqa: E402
 from dit_sparse.plan import Plan  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs where kernels take CPU tensors")
 compiled = pytest.mark.skipif(INTERPRETED, reason="this process is the one under the interpreter")
 
@@ -262,7 +261,4 @@ def test_descriptors_and_specialized_warps_compile():
 
 @compiled
 def test_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-p", "no:xdist"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_under_interpreter(__file__)

@@ -327,7 +327,7 @@ def test_ctrl_c_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest
 
     def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.step_index == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # to this thread: elsewhere it might interrupt a finaliser
         return stock(self, *args, **kwargs)
 
     monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step", interrupted)

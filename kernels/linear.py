@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_sparse.kernels.block_sparse import precision
+from dit_sparse.kernels.block_sparse import _check, precision
 from dit_sparse.kernels.linear_ops import define
 from dit_sparse.kernels.lists import Columns, transpose
 from dit_sparse.kernels.targets import Target, Variant, target_of
@@ -909,19 +909,6 @@ def _backward(
         **constants,
     )
     return dq, dk, dv
-
-
-def _check(q: Tensor) -> None:
-    if q.dtype == torch.float64:
-        raise ValueError("the triton backend takes float32, bfloat16 or float16, got float64")
-    if not q.is_cuda:
-        if not triton.knobs.runtime.interpret:
-            raise ValueError(
-                f"the triton backend needs tensors on a GPU, got {q.device}; "
-                "use 'cpu', or set TRITON_INTERPRET=1 to debug the kernels"
-            )
-        if q.dtype == torch.bfloat16:
-            raise ValueError("the Triton interpreter cannot multiply bfloat16; use float32 or float16 there")
 
 
 attention = define("triton", _forward, _backward)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.ops import _check_plan, _check_tensors, _check_valid
+from dit_sparse.order import broadcast_heads
 from dit_sparse.plan import PackedPlan, Plan
 
 BACKENDS = ("reference", "cpu", "triton")
@@ -94,9 +95,11 @@ def linear_attention(
         # What the query heads of a group sum over differs, so each needs keys of its own.
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     if weights is not None:
-        q, k = (x @ _per_head(w, x.shape[1]).to(x.dtype) for x, w in zip((q, k), weights, strict=True))
+        q, k = (
+            x @ broadcast_heads(w[None], x.shape[1]).to(x.dtype) for x, w in zip((q, k), weights, strict=True)
+        )
     if valid is not None:
-        valid = _per_head(valid.transpose(0, 1), k.shape[1]).transpose(0, 1)
+        valid = broadcast_heads(valid, k.shape[1])
     if plan is None or plan.indices.shape[-1] == 0:
         return attention(q, k, v, None, None, valid, [q.shape[2], k.shape[2]], feature_map, eps)[0]
     return attention(q, k, v, plan.indices, plan.counts, valid, list(plan.block), feature_map, eps)[0]
@@ -134,11 +137,6 @@ def define(backend: str, forward: Callable, backward: Callable) -> Callable[...,
 
     forward_op.register_autograd(differentiate, setup_context=save)
     return forward_op
-
-
-def _per_head(x: Tensor, heads: int) -> Tensor:
-    """Repeat each of several heads, on the first axis, for those that share it; a single one broadcasts."""
-    return x if x.shape[0] in (1, heads) else x.repeat_interleave(heads // x.shape[0], 0)
 
 
 def _check_features(q: Tensor, k: Tensor, feature_map: str, weights: tuple[Tensor, Tensor] | None) -> None:

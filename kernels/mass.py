@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_sparse.kernels.block_sparse import precision
+from dit_sparse.kernels.block_sparse import _check, precision
 from dit_sparse.kernels.targets import Target, Variant, target_of
 from dit_sparse.order import broadcast_heads
 from dit_sparse.plan import blocks_of
@@ -486,19 +486,6 @@ def block_means(x: Tensor, block: int, valid: Tensor | None, dtype: torch.dtype)
     """
     _check(x)
     return _means(x, valid, block, dtype)
-
-
-def _check(x: Tensor) -> None:
-    if x.dtype == torch.float64:
-        raise ValueError("the triton backend takes float32, bfloat16 or float16, got float64")
-    if not x.is_cuda:
-        if not triton.knobs.runtime.interpret:
-            raise ValueError(
-                f"the triton backend needs tensors on a GPU, got {x.device}; "
-                "use 'cpu', or set TRITON_INTERPRET=1 to debug the kernel"
-            )
-        if x.dtype == torch.bfloat16:
-            raise ValueError("the Triton interpreter cannot multiply bfloat16; use float32 or float16 there")
 
 
 def variants(target: Target) -> list[Variant]:

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dit_sparse.calibration import CalibratedProcessor
 from dit_sparse.checkpointing import Checkpoint, checkpointing, wrap
 from dit_sparse.clock import Clock
 from dit_sparse.core import Attachment, Redirected
@@ -42,6 +43,19 @@ class _Hook:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.session._begin(self.part, args, kwargs)
+
+    def __reduce__(self) -> Any:
+        return _NoHook, ()
+
+
+class _HiddenHook:
+    """Keeps the hidden states an attention module was called with, for a method that reads them."""
+
+    def __init__(self, at: Attachment) -> None:
+        self.at = at
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.at.hidden = args[0] if args else kwargs["hidden_states"]
 
     def __reduce__(self) -> Any:
         return _NoHook, ()
@@ -80,6 +94,7 @@ class Session(Router):
         self._clock = Clock(pipe)
         self._grid: TokenLayout | None = None
         self._warned = False
+        self._untrained = False
         self._undo: list[Callable[[], object]] = []
         try:
             for name, model in models.items():
@@ -156,6 +171,7 @@ class Session(Router):
         for name, module in modules.items():
             own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
             module.load_state_dict(own)
+        self._untrained = False
 
     def _attach(self, name: str, model: nn.Module, family: Family) -> None:
         part = Part(name, model, family, signature(type(model).forward))
@@ -166,8 +182,12 @@ class Session(Router):
             if method is None:
                 continue
             module: Any = model.get_submodule(path)
-            layer = Layer(index, path, count, module.heads, module.to_q.out_features // module.heads)
-            at = Attachment(self, part, layer, module, method, module.processor)
+            width = module.to_q.out_features // module.heads
+            layer = Layer(index, path, count, module.heads, width, module.to_q.in_features)
+            if isinstance(method, CalibratedProcessor):
+                method.check_model(model)
+            schedule = self.schedule.with_refresh(method.refresh)
+            at = Attachment(self, part, layer, module, method, schedule, module.processor)
             if not at.redirect():
                 uncovered.append(f"{path} ({type(at.stock).__name__})")
                 continue
@@ -180,6 +200,9 @@ class Session(Router):
                     weight.device, weight.dtype if weight.is_floating_point() else None
                 )
                 self._undo.append(partial(module._modules.pop, "sparse_branch"))
+                self._untrained |= method.needs_training
+            if method.reads_hidden:
+                self._undo.append(module.register_forward_pre_hook(_HiddenHook(at), with_kwargs=True).remove)
         if uncovered:
             raise ValueError("no attention call to redirect was found in " + ", ".join(uncovered))
         hook = model.register_forward_pre_hook(_Hook(self, part), with_kwargs=True)
@@ -231,6 +254,13 @@ class Session(Router):
                 self._made.clear()
             self._grid = grid
             self._look_for_drift()
+            if self._untrained and not torch.is_grad_enabled():
+                self._untrained = False
+                warnings.warn(
+                    f"{self.method!r} runs with untrained parameters, unlike its paper: train them, or load "
+                    "trained ones with session.load_pretrained(directory)",
+                    stacklevel=2,
+                )
         if tick.first or tick.step is None:
             # Without a clock nothing tells one run from the next, so nothing is remembered between forwards.
             self._memory.clear()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dit_sparse.method import Layer, SparseProcessor
 from dit_sparse.redirect import DISPATCH, SDPA, redirected
+from dit_sparse.schedule import Schedule
 
 
 class Routes(Protocol):
@@ -41,8 +42,10 @@ class Attachment:
     layer: Layer
     module: nn.Module
     method: SparseProcessor
+    schedule: Schedule
     stock: Any
     processor: Any = None
+    hidden: Tensor | None = None
 
     def redirect(self) -> bool:
         """Replace the module's processor by a redirected copy; False when it makes no core attention call."""
@@ -54,6 +57,7 @@ class Attachment:
         processor = copy.copy(self.stock)
         processor.__class__ = cls
         processor._handle, processor._stock = torch.tensor(handle), self.stock
+        processor._leaves_graph = self.method.reads_hidden
         _ATTACHMENTS[handle] = self
         self.module.processor = self.processor = processor
         return True
@@ -83,6 +87,7 @@ class Redirected:
 
     _handle: Tensor
     _stock: Any
+    _leaves_graph: bool
 
     def _core(
         self,
@@ -110,7 +115,8 @@ class Redirected:
         own.update(extra)
         run = _eager
         if torch.compiler.is_compiling():
-            if not _needs_grad(query, key, value) and (attn_mask is None or isinstance(attn_mask, Tensor)):
+            tensors_only = attn_mask is None or isinstance(attn_mask, Tensor)
+            if tensors_only and not self._leaves_graph and not _needs_grad(query, key, value):
                 q, k, v = (_heads_first(x, kind) for x in (query, key, value))
                 flags = [kind == DISPATCH, enable_gqa, is_causal, extra.get("parallel_config") is not None]
                 out = torch.ops.dit_sparse.core(q, k, v, attn_mask, self._handle, scale, dropout_p, flags)
@@ -167,8 +173,8 @@ def _eager(
 
 _outside_the_graph = torch.compiler.disable(
     _eager,
-    reason="with gradients, dit_sparse computes attention outside the graph: compile with fullgraph=False to "
-    "train, or run under torch.no_grad()",
+    reason="with gradients, or for a method that reads hidden states, dit_sparse computes attention outside "
+    "the graph: compile with fullgraph=False to train, or run under torch.no_grad()",
 )
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dit_sparse.layout import TokenLayout
-from dit_sparse.order import Order
-from dit_sparse.plan import PackedPlan, Plan
+from dit_sparse.order import Order, broadcast_heads
+from dit_sparse.plan import PackedPlan, Plan, blocks_of
 from dit_sparse.schedule import Phase
 
 T = TypeVar("T")
@@ -33,6 +33,8 @@ class Layer:
     count: int
     heads: int
     head_dim: int
+    dim: int
+    """Channels of the hidden states it projects q, k and v from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +43,7 @@ class Call:
 
     Args:
         layout: The tokens of this call.
-        layer, layers, name: Index, count and module path of the layer.
+        layer, layers, name: Index, count, and transformer and module path of the layer.
         step, steps: 0-based denoising step, of how many; None when the run is not known.
         branch: Which forward pass of the step.
         phase: REFRESH or SPARSE (a DENSE call never reaches a method).
@@ -52,7 +54,9 @@ class Call:
             is at hand (conformance of methods that cache it).
         seed: With layer, step and branch, the seed of :meth:`generator`.
         cache: This layer's and branch's memory, shared by :meth:`at`.
+        replays: The call is recomputed for a backward: what it remembered stays as it is.
         part: The method's trainable module of this layer, if any.
+        hidden: The layer's hidden states [B, S, C] in model order, for methods that ask (``reads_hidden``).
     """
 
     layout: TokenLayout
@@ -70,10 +74,12 @@ class Call:
     lse: Tensor | None = None
     seed: int = 0
     cache: dict[str, tuple[Any, int | None]] = field(default_factory=dict)
+    replays: bool = False
     part: nn.Module | None = None
+    hidden: Tensor | None = None
     backend: str = "auto"
     order: Order | None = None
-    on_run: Callable[[Plan, Call], str] | None = None
+    on_run: Callable[[Plan, Callable[[], Tensor], Call], str] | None = None
     plan_cache: Callable[[SparseProcessor, Callable[[], Plan], Call], Plan] | None = None
 
     @classmethod
@@ -122,14 +128,14 @@ class Call:
         key = f"{self.seed}/{self.layer}/{self.step}/{self.branch}"
         return torch.Generator().manual_seed(crc32(key.encode()))
 
-    def cached(self, name: str, make: Callable[[], T]) -> T:
-        """The remembered value, or ``make()`` at REFRESH or when there is none yet.
+    def cached(self, name: str, make: Callable[[], T], *, renew: bool = True) -> T:
+        """The remembered value, or ``make()`` when there is none yet and, if ``renew``, at REFRESH.
 
         Values carry no gradient and are immutable: one that ages is a function of (value, ``made_at(name)``,
         step). Plans are kept as bits.
         """
         found = self.cache.get(name)
-        if found is None or self.phase is Phase.REFRESH:
+        if found is None or (renew and self.phase is Phase.REFRESH and not self.replays):
             with torch.no_grad():
                 value = make()
             self.cache[name] = (value.pack() if isinstance(value, Plan) else value, self.step)
@@ -138,7 +144,10 @@ class Call:
         return kept
 
     def made_at(self, name: str) -> int | None:
-        """The step at which the remembered value was made; None without one."""
+        """The step at which the remembered value was made; None without one.
+
+        Whether this very call made it is told by ``made_at(name) == step``, also when a call is replayed.
+        """
         found = self.cache.get(name)
         return found[1] if found is not None else None
 
@@ -150,6 +159,22 @@ class Call:
         """Valid keys per block of the ordered sequence: int64 [B or 1, H or 1, blocks]."""
         return self._order().filled(block, self.valid)
 
+    def grid_blocks(self, block: int) -> int:
+        """Blocks of the ordered grid, before text, prefix and suffix."""
+        return blocks_of(self._order().slots - self.layout.extra, block)
+
+    def eligible(self, block: int) -> Tensor:
+        """Key blocks with a token that may be read: bool [B or 1, H or 1, 1, blocks], beside [..., Q, K]."""
+        return (self.filled(block) > 0)[..., None, :]
+
+    def ordered_lse(self) -> Tensor | None:
+        """``lse`` in the order of the slots, [B, H, S']; -inf in holes."""
+        if self.lse is None:
+            return None
+        order = self._order()
+        here = broadcast_heads((order.index >= 0)[None], self.lse.shape[1])
+        return order.apply(self.lse[..., None])[..., 0].masked_fill(~here, -torch.inf)
+
     def pairs(self, plan: Plan) -> tuple[Tensor, Tensor]:
         """Exact (computed, all) token pairs of a plan in this call, int64 [B or 1, H or 1]."""
         order = self._order()
@@ -159,20 +184,48 @@ class Call:
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """Execute a plan on ordered q, k, v: (out [B, H, S', D], lse float32 [B, H, S']), and report it."""
-        from dit_sparse.kernels import block_sparse_attention
-
         order = self._order()
         everything = self.valid is None and order.slots == order.tokens
-        backend = self.backend if self.on_run is None else self.on_run(plan, self)
+        valid = None if everything else self.slots_valid()
+        positions = None if plan.rule is None else order.index
+        return self._execute(q, k, v, plan, valid, positions, lambda: self.pairs(plan)[0])
+
+    def run_dense(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`run` with every block kept: what a method measures at REFRESH."""
+        return self.run(q, k, v, Plan.full(q.shape[2], k.shape[2], 128, q.device))
+
+    def run_summary(
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Let every ordered query read the few keys that stand for the others: (out, lse) as :meth:`run`.
+
+        Args:
+            k, v: Pooled keys and values, [B, KV, fewer, D].
+            valid: bool [B or 1, H or 1, fewer]; None means every one.
+        """
+
+        def pairs() -> Tensor:
+            keys = torch.tensor([[k.shape[2]]], device=q.device) if valid is None else valid.sum(-1)
+            return keys * self._order().tokens
+
+        plan = Plan.full(q.shape[2], k.shape[2], 128, q.device)
+        return self._execute(q, k, v, plan, valid, None, pairs)
+
+    def _execute(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan,
+        valid: Tensor | None,
+        positions: Tensor | None,
+        pairs: Callable[[], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        from dit_sparse.kernels import block_sparse_attention
+
+        backend = self.backend if self.on_run is None else self.on_run(plan, pairs, self)
         return block_sparse_attention(
-            q,
-            k,
-            v,
-            plan,
-            valid=None if everything else self.slots_valid(),
-            scale=self.scale,
-            positions=None if plan.rule is None else order.index,
-            backend=backend,
+            q, k, v, plan, valid=valid, scale=self.scale, positions=positions, backend=backend
         )
 
     def _order(self) -> Order:
@@ -196,6 +249,17 @@ class SparseProcessor:
 
     reads: ClassVar[frozenset[str]] = READS
     """What a plan depends on, out of "layout", "layer", "step" and "qk": that is its cache key."""
+    orders_by_qk: ClassVar[bool] = False
+    """Whether :meth:`order` looks into ``call.cache``, and so is asked at every call."""
+    reads_hidden: ClassVar[bool] = False
+    """Whether ``call.hidden`` is wanted."""
+    needs_training: ClassVar[bool] = False
+    """Whether :meth:`module` has parameters without which the method is not what its paper says."""
+
+    @property
+    def refresh(self) -> str:
+        """Steps at which the method renews its cache where the schedule names none, as ``Schedule.parse``."""
+        return ""
 
     def order(self, call: Call) -> Order:
         """Where tokens sit while blocks are formed. Default: raster, text on a boundary of ``self.block``."""
@@ -278,6 +342,24 @@ def nearest_setting(
         middle = (low + high) // 2
         low, high = (middle, high) if reached(middle) <= density else (low, middle)
     return min(low, high, key=lambda setting: abs(reached(setting) - density))
+
+
+def share_of_grid(method: SparseProcessor, density: float, layout: TokenLayout, floor: float = 0.0) -> float:
+    """The share of the grid's own pairs that makes ``density`` where all other pairs are computed.
+
+    Args:
+        floor: The smallest share the method can keep.
+
+    Raises:
+        ValueError: ``density`` is outside what the method reaches on ``layout``; the message says its floor.
+    """
+    grid, everything = layout.tokens**2, layout.sequence**2
+    lowest = (floor * grid + everything - grid) / everything
+    if not lowest - 1e-4 <= density <= 1:  # what the message prints is accepted
+        raise ValueError(
+            f"{method} on {layout.grid} has the floor {lowest:.4f} and the ceiling 1, got {density}"
+        )
+    return max(floor, (density * everything - (everything - grid)) / grid)
 
 
 def install_seam() -> None:

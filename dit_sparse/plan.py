@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
@@ -86,6 +87,11 @@ class Plan:
         indices = slot.new_zeros((*keep.shape[:-1], width + 1))
         indices.scatter_(-1, slot.long(), blocks)
         return cls(indices[..., :width].contiguous(), counts, pair_of(block), keep.shape[-1], rule)
+
+    @classmethod
+    def full(cls, q_len: int, k_len: int, block: int, device: torch.device | str = "cpu") -> Plan:
+        """Every block of a sequence of ``q_len`` queries and ``k_len`` keys."""
+        return _full(blocks_of(q_len, block), blocks_of(k_len, block), block, torch.device(device))
 
     def to_blocks(self) -> Tensor:
         """The block mask, bool [B or 1, H or 1, Q, keys]."""
@@ -329,6 +335,11 @@ def with_text(keep: Tensor, queries: int, keys: int) -> Tensor:
     if min(extra) < 0:
         raise ValueError(f"a mask of {tuple(keep.shape[-2:])} blocks does not fit into {(queries, keys)}")
     return torch.nn.functional.pad(keep, extra, value=True)
+
+
+@lru_cache(maxsize=32)
+def _full(queries: int, keys: int, block: int, device: torch.device) -> Plan:
+    return Plan.from_blocks(torch.ones(queries, keys, dtype=torch.bool, device=device), block)
 
 
 def blocks_of(tokens: int, block: int) -> int:

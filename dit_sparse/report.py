@@ -37,9 +37,9 @@ class Record:
         self.pairs: Tensor | int = 0
         self.every: Tensor | int = 0
 
-    def add(self, pairs: Tensor, every: Tensor, batch: int) -> None:
-        """Merge one call: computed and all pairs, int64 [B or 1, H or 1]."""
-        self.calls += 1
+    def add(self, pairs: Tensor, every: Tensor, batch: int, is_call: bool = True) -> None:
+        """Merge computed and all pairs, int64 [B or 1, H or 1], of a call or of a further part of one."""
+        self.calls += is_call
         self.pairs = self.pairs + _per_head(pairs, batch, self.heads)
         self.every = self.every + _per_head(every, batch, self.heads)
 

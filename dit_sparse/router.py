@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from inspect import Signature
@@ -48,7 +49,7 @@ class Forward:
     replays: bool = False
     masks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     plans: dict[Any, Plan] = field(default_factory=dict)
-    caches: dict[int, dict[str, Any]] = field(default_factory=dict)
+    caches: dict[int, tuple[Phase, dict[str, Any]]] = field(default_factory=dict)
 
 
 class Router:
@@ -73,7 +74,9 @@ class Router:
         seed: int,
     ) -> None:
         self.method = method
-        self.schedule = schedule
+        self.schedule = (
+            schedule.with_refresh(method.refresh) if isinstance(method, SparseProcessor) else schedule
+        )
         self.density = density
         self.backend = backend
         self.strict = strict
@@ -116,7 +119,7 @@ class Router:
             self._left_dense(at, forward, q, k, None, reason)
             return None
         tick = forward.tick
-        phase = self.schedule.phase(tick.step, tick.steps, at.layer.index, at.layer.count)
+        phase = at.schedule.phase(tick.step, tick.steps, at.layer.index, at.layer.count)
         if phase is Phase.DENSE:
             self._left_dense(at, forward, q, k, valid, "schedule")
             return None
@@ -125,7 +128,10 @@ class Router:
             density = self.density
             method = self._once((method, layout), lambda: at.method.at_density(density, layout))
         call = self._call(at, forward, layout, phase, q, k, valid, scale)
-        order = self._once(self._key("order", method, call, q), lambda: method.order(call).to(q.device))
+        if method.orders_by_qk:
+            order = method.order(call).to(q.device)
+        else:
+            order = self._once(self._key("order", method, call, q), lambda: method.order(call).to(q.device))
         call = call.at(order=order)
         if self.full_plan_is_dense and method.is_static and type(method).attend is SparseProcessor.attend:
             # A plan is made for ordered q and k: an order with holes has more slots than tokens.
@@ -138,7 +144,7 @@ class Router:
                 return None
         out = order.undo(method.attend(order.apply(q), order.apply(k), order.apply(v), call))
         if torch.is_grad_enabled() and not forward.replays:
-            forward.caches[id(at)] = dict(call.cache)
+            forward.caches[id(at)] = call.phase, dict(call.cache)
         return out
 
     def _understand(
@@ -182,20 +188,25 @@ class Router:
         tick, device, training = forward.tick, q.device, torch.is_grad_enabled()
         needs_grad = training and any(x.requires_grad for x in (q, k))
         cache = self._memory.setdefault((at, tick.branch), {})
+        if not cache and "step" in at.method.reads and not at.method.is_static:
+            phase = Phase.REFRESH
         if forward.replays:
-            cache, phase = dict(forward.caches.get(id(at), {})), Phase.SPARSE
+            phase, cache = forward.caches[id(at)]
 
-        def on_run(plan: Plan, call: Call) -> str:
+        runs = itertools.count()
+
+        def on_run(plan: Plan, count: Callable[[], Tensor], call: Call) -> str:
             backend = self._backend(device, needs_grad, plan.rule)
             if forward.replays:
                 return backend
             if valid is None and at.method.is_static:
-                pairs, every, _ = self._once(
-                    ("pairs", id(plan), call.order), lambda: (*call.pairs(plan), plan)
-                )
+                pairs, _ = self._once(("pairs", id(plan), call.order), lambda: (count(), plan))
             else:
-                pairs, every = call.pairs(plan)
-            self._record(at, forward, phase, backend, "", q).add(pairs, every, q.shape[0])
+                pairs = count()
+            # A method may compute more than one part of an attention call: it stays one call over all pairs.
+            first = next(runs) == 0
+            every = self._every(q, k, valid) * first
+            self._record(at, forward, phase, backend, "", q).add(pairs, every, q.shape[0], first)
             return backend
 
         def plan_cache(method: SparseProcessor, make: Callable[[], Plan], call: Call) -> Plan:
@@ -217,7 +228,7 @@ class Router:
             layout=layout,
             layer=at.layer.index,
             layers=at.layer.count,
-            name=at.layer.name,
+            name=f"{at.part.name}/{at.layer.name}",
             step=tick.step,
             steps=tick.steps,
             branch=tick.branch,
@@ -228,7 +239,9 @@ class Router:
             valid=valid,
             seed=self.seed,
             cache=cache,
+            replays=forward.replays,
             part=at.module._modules.get("sparse_branch"),
+            hidden=at.hidden,
             backend=self.backend,
             on_run=on_run,
             plan_cache=plan_cache,
@@ -256,9 +269,14 @@ class Router:
     ) -> None:
         """Record a call that the model computes itself."""
         if not forward.replays:
-            keys = torch.tensor([[k.shape[2]]], device=q.device) if valid is None else valid.sum(-1)[:, None]
-            every = keys * q.shape[2]
+            every = self._every(q, k, valid)
             self._record(at, forward, Phase.DENSE, "model", reason, q).add(every, every, q.shape[0])
+
+    def _every(self, q: Tensor, k: Tensor, valid: Tensor | None) -> Tensor:
+        """All token pairs of a call, int64 [B or 1, 1]."""
+        if valid is None:
+            return torch.full((1, 1), k.shape[2] * q.shape[2], device=q.device)
+        return valid.sum(-1)[:, None] * q.shape[2]
 
     def _record(
         self, at: Attachment, forward: Forward, phase: Phase, backend: str, reason: str, q: Tensor

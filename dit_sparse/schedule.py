@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from math import ceil, floor
@@ -23,11 +23,15 @@ class Phase(enum.Enum):
 
 @dataclass(frozen=True)
 class Span:
-    """``a-b%`` of a run (``share``), or the indices a to b, both included; negative ones from the end."""
+    """``a-b%`` of a run (``share``), or the indices a to b, both included; negative ones from the end.
+
+    With ``every`` only the multiples of it: ``every 5`` is 0, 5, 10, ...
+    """
 
     start: Fraction
     end: Fraction
     share: bool
+    every: int = 1
 
     def has_step(self, i: int, n: int) -> bool:
         """Step i of n lies in a-b % when [i/n, (i+1)/n) meets [a, b); the point p % lies in one step."""
@@ -45,9 +49,11 @@ class Span:
 
     def _has_index(self, i: int, n: int) -> bool:
         first, last = (int(v) + n if v < 0 else int(v) for v in (self.start, self.end))
-        return first <= i <= last
+        return first <= i <= last and i % self.every == 0
 
     def __str__(self) -> str:
+        if (self.start, self.end, self.share) == (0, -1, False):
+            return f"every {self.every}"
         first, last = (_decimal(v * 100) if self.share else str(v) for v in (self.start, self.end))
         return (first if first == last else f"{first}-{last}") + "%" * self.share
 
@@ -89,6 +95,12 @@ class Schedule:
         """Whether any rule depends on the step."""
         return bool(self.dense or self.refresh)
 
+    def with_refresh(self, refresh: str) -> Schedule:
+        """This schedule with a method's refresh steps, such as ``"20%, 60%"``, unless it names its own."""
+        if self.refresh or not refresh:
+            return self
+        return replace(self, refresh=self.parse(f"refresh {refresh}").refresh)
+
     def __str__(self) -> str:
         clauses = [f"{k} {', '.join(map(str, v))}" for k, v in self._clauses() if v]
         return "; ".join(clauses) or "always"
@@ -104,11 +116,12 @@ class Schedule:
 
             schedule := "always" | clause (";" clause)*
             clause   := ("dense" | "layers" | "refresh") item ("," item)*
-            item     := INDEX | INDEX "-" INDEX | NUMBER "%" | NUMBER ["%"] "-" NUMBER "%"
+            item     := INDEX | INDEX "-" INDEX | NUMBER "%" | NUMBER ["%"] "-" NUMBER "%" | "every" COUNT
 
         An INDEX is a 0-based integer, negative from the end; ``a-b`` includes both. ``dense`` names steps,
         ``layers`` names layers that stay dense, ``refresh`` names steps. A lone ``p%`` means the first p % of
-        the steps or layers (``dense``, ``layers``), or the step at p % of the run (``refresh``).
+        the steps or layers (``dense``, ``layers``), or the step at p % of the run (``refresh``). ``every N``
+        names the indices 0, N, 2 N, ...
 
         Raises:
             ValueError: With the text, the place of the mistake and what was expected there.
@@ -143,10 +156,15 @@ _ITEM = re.compile(r"(-?\d+(?:\.\d+)?)\s*(%?)(?:\s*-\s*(-?\d+(?:\.\d+)?)\s*(%?))
 def _span(text: str, item: str, at: int, clause: str) -> Span | None:
     """One item of a clause; None for the first 0 % of something."""
     place = at + len(item) - len(item.lstrip())
+    if multiple := re.fullmatch(r"every\s+(\d+)", item.strip()):
+        if int(multiple[1]) < 1:
+            raise _error(text, place, "expected a count of at least 1 after 'every'")
+        return Span(Fraction(0), Fraction(-1), share=False, every=int(multiple[1]))
     match = _ITEM.fullmatch(item.strip())
     if match is None:
         bad = _ITEM.match(item.strip())
-        raise _error(text, place + (bad.end() if bad else 0), "expected an index, 'a-b', 'p%' or 'a-b%'")
+        place += bad.end() if bad else 0
+        raise _error(text, place, "expected an index, 'a-b', 'p%', 'a-b%' or 'every N'")
     first, sign, second, last_sign = match.groups()
     share = bool(sign or last_sign)
     if second is not None and sign and not last_sign:

@@ -167,7 +167,7 @@ def test_step_caches_refresh_when_the_schedule_says() -> None:
     # Steps 0 and 1 are dense; the first sparse step fills the empty memory, the step at 60 % renews it.
     assert sorted(made) == [(s, i, b) for s in (2, 3) for i in (1, 2) for b in both]
     assert {(r.where.step, r.where.phase) for r in session.report().rows if r.where.layer == 1} == {
-        (0, Phase.DENSE), (1, Phase.DENSE), (2, Phase.SPARSE), (3, Phase.REFRESH), (4, Phase.SPARSE)
+        (0, Phase.DENSE), (1, Phase.DENSE), (2, Phase.REFRESH), (3, Phase.REFRESH), (4, Phase.SPARSE)
     }  # fmt: skip
     made.clear()
     tiny.run_wan(pipe, steps=5)

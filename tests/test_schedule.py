@@ -168,3 +168,19 @@ def test_errors_point_at_the_mistake(text, caret, message):
     assert message in first
     assert second == f"  {text}"
     assert third == " " * (caret + 2) + "^"
+
+
+def test_every_names_the_multiples() -> None:
+    schedule = Schedule.parse("dense 0-2; refresh every 5")
+    refreshed = [i for i in range(12) if schedule.phase(i, 12, 0, 1) is Phase.REFRESH]
+    assert refreshed == [5, 10]
+    assert Schedule.parse(str(schedule)) == schedule
+    with pytest.raises(ValueError, match="at least 1"):
+        Schedule.parse("refresh every 0")
+
+
+def test_a_methods_refresh_steps_give_way_to_those_of_the_schedule() -> None:
+    assert str(Schedule.parse("dense 0-25%").with_refresh("20%, 60%")) == "dense 0-25%; refresh 20%, 60%"
+    own = Schedule.parse("refresh 3")
+    assert own.with_refresh("every 5") == own
+    assert own.with_refresh("") == own

@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from dit_sparse.layout import TokenLayout
 from dit_sparse.method import Call, SparseProcessor
-from dit_sparse.plan import Plan, blocks_of
+from dit_sparse.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +29,7 @@ class DenseProcessor(SparseProcessor):
     block: int = 128
 
     def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
-        blocks = blocks_of(k.shape[2], self.block)
-        return Plan.from_blocks(torch.ones(blocks, blocks, dtype=torch.bool, device=q.device), self.block)
+        return Plan.full(q.shape[2], k.shape[2], self.block, q.device)
 
     def at_density(self, density: float, layout: TokenLayout) -> DenseProcessor:
         if density != 1:

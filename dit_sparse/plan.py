@@ -116,8 +116,8 @@ class Plan:
     ) -> BlockMask:
         """FlexAttention's form of this plan.
 
-        Lists are padded to ``keys`` (narrower ones raise in flex), all are partial blocks (full ones do not
-        compile on CPU), and ``mask_mod`` repeats the blocks because eager flex ignores the lists.
+        Lists are padded to ``keys`` (narrower ones raise in flex), all are partial blocks (a rule or padding
+        may cut any), and ``mask_mod`` repeats the blocks because eager flex ignores the lists.
 
         Args:
             q_len, k_len: Ordered query and key tokens.
@@ -200,10 +200,9 @@ class Plan:
     ) -> float:
         """Computed token pairs over all token pairs, over all heads and batch items."""
         pairs = self.pairs(fq, fk, positions, valid)
-        every = (fq.sum(-1) * fk.sum(-1)).expand(
-            torch.broadcast_shapes(pairs.shape, fq.shape[:2], fk.shape[:2])
-        )
-        return float(pairs.expand(every.shape).sum() / every.sum().clamp(min=1))
+        every = broadcast_heads(fq.sum(-1) * fk.sum(-1), pairs.shape[1])
+        shape = torch.broadcast_shapes(pairs.shape, every.shape)
+        return float(pairs.expand(shape).sum() / every.expand(shape).sum().clamp(min=1))
 
     def same(self, other: Plan) -> bool:
         """Whether both read the same blocks under the same rule, whatever their broadcasting."""
@@ -295,13 +294,12 @@ def top_k(scores: Tensor, k: int | Tensor, eligible: Tensor | None = None) -> Te
         eligible: bool [..., Q, K], blocks that may be kept (those with a valid token).
     """
     best = scores.argsort(dim=-1, descending=True, stable=True)
+    may = torch.ones_like(best, dtype=torch.bool)
     if eligible is not None:
-        first = eligible.expand(scores.shape).gather(-1, best).argsort(dim=-1, descending=True, stable=True)
-        best = best.gather(-1, first)
-    rank = best.argsort(dim=-1)
+        may = eligible.expand(scores.shape).gather(-1, best)
     wanted = torch.as_tensor(k, device=scores.device).clamp(min=1)
-    keep = rank < (wanted[..., None] if wanted.ndim else wanted)
-    return keep if eligible is None else keep & eligible
+    keep = may & (may.cumsum(-1, dtype=torch.int32) <= (wanted[..., None] if wanted.ndim else wanted))
+    return torch.zeros_like(keep).scatter_(-1, best, keep)
 
 
 def top_mass(mass: Tensor, share: float, eligible: Tensor | None = None) -> Tensor:

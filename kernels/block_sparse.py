@@ -28,6 +28,7 @@ from torch import Tensor
 
 from dit_sparse.kernels.build import cache_folder
 from dit_sparse.kernels.lists import Lists, row_lists, split
+from dit_sparse.kernels.operands import empty_results, lead_strides
 from dit_sparse.kernels.targets import Target, Variant, target_of
 from dit_sparse.order import broadcast_heads
 from dit_sparse.plan import PackedPlan, Plan, blocks_of
@@ -298,7 +299,13 @@ TILES = {
 }
 WITH_TMA = ("sm_90", "sm_100")
 # A float32 product is made of three of the halves of its operands (see `precision`), which takes registers.
-FLOAT32 = {64: Tiles(64, 32, 4, 1), 128: Tiles(64, 16, 4, 1), 256: Tiles(16, 16, 1, 1)}
+# Up to D 128 these need the fewest instructions for a product of the tiles tried that spill nothing.
+SYNCHRONOUS_FLOAT32 = {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 1, 1)}
+FLOAT32 = {
+    "sm_90": {64: Tiles(128, 32, 8, 1), 128: Tiles(128, 16, 8, 1), 256: Tiles(16, 16, 1, 1)},
+    "sm_100": {64: Tiles(64, 64, 8, 1), 128: Tiles(64, 32, 8, 1), 256: Tiles(16, 16, 1, 1)},
+    "gfx942": {64: Tiles(64, 32, 4, 1), 128: Tiles(64, 16, 4, 1), 256: Tiles(16, 16, 1, 1)},
+}
 
 
 def tiles(target: Target, head_dim: int, itemsize: int, block: tuple[int, int]) -> Tiles:
@@ -311,7 +318,10 @@ def tiles(target: Target, head_dim: int, itemsize: int, block: tuple[int, int]) 
         block: Tokens of a query and of a key block.
     """
     columns = max(16, triton.next_power_of_2(head_dim))
-    most = (FLOAT32 if itemsize == 4 else TILES[target.name])[max(64, columns)]
+    table = TILES[target.name]
+    if itemsize == 4:
+        table = SYNCHRONOUS_FLOAT32 if _synchronous(target, block[0]) else FLOAT32[target.name]
+    most = table[max(64, columns)]
     queries = max(16, min(most.queries, triton.next_power_of_2(block[0])))
     # Few rows a warp with many keys would leave registers for neither.
     keys = max(16, min(most.keys, max(64, queries), triton.next_power_of_2(block[1])))
@@ -320,20 +330,33 @@ def tiles(target: Target, head_dim: int, itemsize: int, block: tuple[int, int]) 
     return Tiles(queries, keys, max(1, most.num_warps * queries // most.queries), ahead)
 
 
-def parts(target: Target, head_dim: int, queries: int) -> tuple[tuple[int, int, int], ...]:
+def parts(target: Target, head_dim: int, itemsize: int, queries: int) -> tuple[tuple[int, int, int], ...]:
     """Powers of two, from 16 on, that together hold D columns: (index, start, width) of each.
 
     One rounded-up power of two would waste up to half of every product (D 72, 80, 96, 160).
     """
-    # A product with more columns than rows is divided among warps by columns there, which takes the weights
-    # through shared memory and sums across warps.
-    widest = 64 if TILES[target.name] is SYNCHRONOUS and queries < 128 else 128
+    widest = 128
+    whole = itemsize == 4 and _synchronous(target, queries)
+    if itemsize == 4:
+        # Found by trial: in others the tiles of FLOAT32 spill.
+        widest = 128 if whole or target.is_amd else 64
+    elif TILES[target.name] is SYNCHRONOUS and queries < 128:
+        # A product with more columns than rows is divided among warps by columns there, which takes the
+        # weights through shared memory and sums across warps.
+        widest = 64
     widths, left = [widest] * (head_dim // widest), -(-(head_dim % widest) // 16) * 16
+    if whole and left:  # a second part would take twice the instructions of a wider one
+        left = triton.next_power_of_2(left)
     if left:
         large = 1 << (left.bit_length() - 1)
         small = triton.next_power_of_2(left - large)
         widths += [2 * large] if small == large else [large, small] if small else [large]
     return tuple((i, sum(widths[:i]), width) for i, width in enumerate(widths))
+
+
+def _synchronous(target: Target, queries: int) -> bool:
+    """Whether products of so few rows are made by mma.sync, whose operands are registers."""
+    return TILES[target.name] is SYNCHRONOUS or (target.name in WITH_TMA and queries < 64)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -387,13 +410,8 @@ def _launch(
         # As wide as a float: bytes would make the compiler lay out the products as if for one-byte operands.
         last = triton.cdiv(block[1], cut.keys) * cut.keys
         valid = torch.nn.functional.pad(valid.int(), (0, (blocks - 1) * block[1] + last - keys))
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    out, lse = empty_results(q)
     order = schedule(lists.counts, batch, heads)
-
-    def lead(x: Tensor | None) -> tuple[int, ...]:
-        return (0, 0) if x is None else x.expand(batch, heads, *x.shape[2:]).stride()[:2]
-
     if cut.tma:
         triton.set_allocator(
             lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=q.device)
@@ -411,11 +429,11 @@ def _launch(
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
-        *lead(lists.indices),
+        *lead_strides(lists.indices),
         lists.indices.stride(2),
-        *lead(lists.full),
-        *lead(lists.counts),
-        *lead(valid),
+        *lead_strides(lists.full),
+        *lead_strides(lists.counts),
+        *lead_strides(valid),
         index.stride(0) if index is not None and index.shape[0] > 1 else 0,
         heads,
         kv_heads,
@@ -429,7 +447,7 @@ def _launch(
         BK=block[1],
         TILE_M=cut.queries,
         TILE_N=cut.keys,
-        PARTS=parts(target_of(q.device), head_dim, cut.queries),
+        PARTS=parts(target_of(q.device), head_dim, q.element_size(), cut.queries),
         HAS_VALID=valid is not None,
         SOURCE="gather" if index is not None else "tma" if cut.tma else "rows",
         SPECIALIZE=cut.specialize,
@@ -478,11 +496,7 @@ def _attention(
 
 @_attention.register_fake
 def _(q, k, v, indices, counts, block_q, block_k, keys, valid, scale):
-    return _fake(q)
-
-
-def _fake(q: Tensor) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return empty_results(q)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -527,7 +541,7 @@ def _gathered(
 
 @_gathered.register_fake
 def _(q, k, v, index, indices, counts, block_q, block_k, valid, scale):
-    return _fake(q)
+    return empty_results(q)
 
 
 def attention(
@@ -707,7 +721,7 @@ def variants(target: Target) -> list[Variant]:
     out = [_variant(target, "bf16", *shape) for shape in common]
     out += [_variant(target, "fp16", 128, (128, 64)), _variant(target, "bf16", 128, (128, 64), valid=False)]
     out += [_variant(target, "bf16", head_dim, (128, 64)) for head_dim in (80, 96, 256)]
-    out += [_variant(target, "fp32", head_dim, (64, 64)) for head_dim in (128, 64)]
+    out += [_variant(target, "fp32", *shape) for shape in product((128, 64), ((64, 64), (128, 128)))]
     out += [_variant(target, "bf16", 128, (128, 64), source="gather")]
     if target.name in WITH_TMA:
         out += [_variant(target, "bf16", 128, (128, 64), source="tma")]
@@ -735,7 +749,7 @@ def _variant(
         "BK": block[1],
         "TILE_M": cut.queries,
         "TILE_N": cut.keys,
-        "PARTS": parts(target, head_dim, cut.queries),
+        "PARTS": parts(target, head_dim, itemsize, cut.queries),
         "HAS_VALID": valid,
         "SOURCE": source,
         "SPECIALIZE": specialize,
@@ -756,7 +770,7 @@ def _variant(
         frozenset(types) - {*SIZES, "SCALE_LOG2"},
         num_warps=cut.num_warps,
         num_stages=_stages(cut, source == "gather"),
-        may_spill=dtype == "fp32" or head_dim > 128,
+        may_spill=head_dim > 128,
         in_ci=plain,
     )
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dit_sparse.kernels.block_sparse import _rows, precision, schedule
 from dit_sparse.kernels.lists import Columns, Lists, split, transpose
+from dit_sparse.kernels.operands import empty_as, lead_strides
 from dit_sparse.kernels.targets import Target, Variant, target_of
 from dit_sparse.order import broadcast_heads
 
@@ -472,7 +473,7 @@ def query_gradients(
     """
     batch, heads, queries, head_dim = q.shape
     cut, _ = tiles(target_of(q.device), head_dim, q.element_size(), block)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    (dq,) = empty_as(q)
     order = schedule(lists.counts, batch, heads)
     dq_kernel[(order.numel() * triton.cdiv(block[0], cut.queries),)](
         q,
@@ -489,11 +490,11 @@ def query_gradients(
         *k.stride()[:3],
         *v.stride()[:3],
         *grad_out.stride()[:3],
-        *_lead(lists.indices),
+        *lead_strides(lists.indices),
         lists.indices.stride(2),
-        *_lead(lists.full),
-        *_lead(lists.counts),
-        *_lead(valid),
+        *lead_strides(lists.full),
+        *lead_strides(lists.counts),
+        *lead_strides(valid),
         heads,
         k.shape[1],
         lists.counts.shape[2],
@@ -523,7 +524,7 @@ def key_gradients(
     batch, kv_heads, keys, head_dim = k.shape
     group = q.shape[1] // kv_heads
     _, cut = tiles(target_of(q.device), head_dim, q.element_size(), block)
-    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    dk, dv = empty_as(k, v)
     work = columns.counts
     if work.shape[1] > 1:
         work = work.unflatten(1, (kv_heads, group)).sum(2)
@@ -544,9 +545,9 @@ def key_gradients(
         *k.stride()[:3],
         *v.stride()[:3],
         *grad_out.stride()[:3],
-        *_lead(columns.indices),
-        *_lead(columns.counts),
-        *_lead(valid),
+        *lead_strides(columns.indices),
+        *lead_strides(columns.counts),
+        *lead_strides(valid),
         kv_heads,
         columns.counts.shape[2],
         q.shape[2],
@@ -559,13 +560,6 @@ def key_gradients(
         **_constants(cut, q, block),
     )
     return dk, dv
-
-
-def _lead(x: Tensor | None) -> tuple[int, int]:
-    """Strides of batch and head, 0 where there is one for all."""
-    if x is None:
-        return 0, 0
-    return x.stride(0) if x.shape[0] > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0
 
 
 def _constants(cut: Tiles, q: Tensor, block: tuple[int, int]) -> dict[str, Any]:
@@ -624,24 +618,8 @@ def backward(
 
 
 @backward.register_fake
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    block_q: int,
-    block_k: int,
-    keys: int,
-    valid: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    return dq, dk, dv
+def _(grad_out, grad_lse, q, k, v, *rest):
+    return empty_as(q, k, v)
 
 
 # Variants that continuous integration compiles again.

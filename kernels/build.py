@@ -1,4 +1,4 @@
-"""Compile ``cpu.cpp`` at its first use, for the machine it runs on, and keep the result.
+"""Compile C++, most of all ``cpu.cpp``, at its first use, for the machine it runs on, and keep the result.
 
 The source needs no header of PyTorch, so that it compiles in seconds and outlives updates of PyTorch. The
 library lies in ``$XDG_CACHE_HOME/dit_sparse`` (``~/.cache`` by default) under a name made of the source, the
@@ -31,10 +31,9 @@ def compiled() -> tuple[bool, str]:
 @cache
 def load() -> tuple[ctypes.CDLL | None, str]:
     """The compiled kernels, or None; and the words of :func:`compiled`."""
-    compiler = os.environ.get("CXX", "c++")
+    compiler = _compiler()
     try:
-        path = _cached(compiler)
-        return ctypes.CDLL(str(path)), f"kernels compiled by {compiler} for this machine"
+        return library(SOURCE.read_text()), f"kernels compiled by {compiler} for this machine"
     except FileNotFoundError:
         return None, f"there is no C++ compiler {compiler!r} (set CXX to name another)"
     except subprocess.CalledProcessError as error:
@@ -49,20 +48,33 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit_sparse"
 
 
-def _cached(compiler: str) -> Path:
+def _compiler() -> str:
+    return os.environ.get("CXX", "c++")
+
+
+def library(source: str) -> ctypes.CDLL:
+    """The functions of a C++ source.
+
+    Raises:
+        FileNotFoundError: There is no compiler.
+        subprocess.CalledProcessError: It could not compile this.
+        OSError: The result cannot be kept or loaded.
+    """
+    compiler = _compiler()
     # The predefined macros say what -march=native means here.
     machine = _run([compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), machine, *FLAGS]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([source, machine, *FLAGS]).encode()).hexdigest()[:16]
     path = cache_folder() / f"cpu-{key}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            part, built = Path(folder) / "cpu.o", Path(folder) / "cpu.so"
-            _run([compiler, *FLAGS, "-c", str(SOURCE), "-o", str(part)])
+            text, part, built = (Path(folder) / f"cpu.{suffix}" for suffix in ("cpp", "o", "so"))
+            text.write_text(source)
+            _run([compiler, *FLAGS, "-c", str(text), "-o", str(part)])
             # Linked without -fopenmp: the threads must be those of the OpenMP that PyTorch has loaded.
             _run([compiler, "-shared", str(part), "-o", str(built)])
             built.replace(path)
-    return path
+    return ctypes.CDLL(str(path))
 
 
 def _run(command: list[str]) -> str:

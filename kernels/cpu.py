@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.build import compiled, load
+from dit_sparse.kernels.operands import empty_as, empty_results, exact_dtype, lead_strides, unit_stride
 from dit_sparse.plan import PackedPlan, Plan
 
 
@@ -64,12 +65,12 @@ def _call(
         problem.bits = lists.data_ptr()
     else:
         problem.indices, problem.counts = lists.data_ptr(), counts.data_ptr()
-        problem.count_batch, problem.count_head = _strides(counts)
-    problem.list_batch, problem.list_head, problem.list_row = *_strides(lists), lists.stride(2)
+        problem.count_batch, problem.count_head = lead_strides(counts)
+    problem.list_batch, problem.list_head, problem.list_row = *lead_strides(lists), lists.stride(2)
     if valid is not None:
         valid = valid.contiguous()
         problem.valid, problem.valid_heads = valid.data_ptr(), valid.shape[1]
-        problem.valid_batch, problem.valid_head = _strides(valid)
+        problem.valid_batch, problem.valid_head = lead_strides(valid)
     problem.batch, problem.heads, problem.queries, problem.dim = q.shape
     problem.kv_heads, problem.keys = k.shape[1:3]
     problem.block_q, problem.block_k = block
@@ -81,15 +82,9 @@ def _call(
     getattr(library, f"{name}_{kind}")(ctypes.byref(problem))
 
 
-def _strides(x: Tensor) -> tuple[int, int]:
-    """Of batch and heads; 0 where one entry serves all."""
-    return (0 if x.shape[0] == 1 else x.stride(0)), (0 if x.shape[1] == 1 else x.stride(1))
-
-
 def _exact(x: Tensor) -> Tensor:
     """In float32 (float64 stays), rows contiguous."""
-    x = x if x.dtype == torch.float64 else x.float()
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return unit_stride(x.to(exact_dtype(x.dtype)))
 
 
 @torch.library.custom_op("dit_sparse::block_sparse_attention_cpu", mutates_args=())
@@ -105,17 +100,14 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     tensors = {"q": _exact(q), "k": _exact(k), "v": _exact(v)}
-    tensors["out"] = torch.empty(q.shape, dtype=tensors["q"].dtype)
-    lse = torch.empty(q.shape[:3], dtype=tensors["q"].dtype)
-    tensors["lse"] = lse
-    _call("forward", tensors, lists, counts, block, columns, valid, scale)
-    return tensors["out"].to(q.dtype), lse
+    out, lse = empty_results(tensors["q"])
+    _call("forward", tensors | {"out": out, "lse": lse}, lists, counts, block, columns, valid, scale)
+    return out.to(q.dtype), lse
 
 
 @_forward.register_fake
 def _(q, k, v, lists, counts, block, columns, valid, scale):
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=exact)
+    return empty_results(q)
 
 
 @torch.library.custom_op("dit_sparse::block_sparse_attention_cpu_backward", mutates_args=())
@@ -153,7 +145,7 @@ def _backward(
 
 @_backward.register_fake
 def _(grad_out, grad_lse, q, k, v, out, lse, lists, counts, block, columns, valid, scale):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return empty_as(q, k, v)
 
 
 def _save(ctx, inputs, output):

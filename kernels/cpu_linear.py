@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dit_sparse.kernels.linear_ops import define
+from dit_sparse.kernels.operands import empty_as, empty_results, exact_dtype
 
 # The states of as many query blocks as fit here are made at a time.
 CHUNK_BYTES = 32 << 20
@@ -33,8 +34,8 @@ def _forward(
     feature_map: str,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    exact, group = _exact(q.dtype), q.shape[1] // k.shape[1]
-    out, inverse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=exact)
+    exact, group = exact_dtype(q.dtype), q.shape[1] // k.shape[1]
+    out, inverse = empty_results(q)
     for b, kv in product(range(k.shape[0]), range(k.shape[1])):
         keys = _blocks(_key_features(k, valid, b, kv, feature_map), block[1])
         states = keys.mT @ _blocks(_with_ones(v[b, kv].to(exact)), block[1])
@@ -61,8 +62,8 @@ def _backward(
     feature_map: str,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    exact, group = _exact(q.dtype), q.shape[1] // k.shape[1]
-    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
+    exact, group = exact_dtype(q.dtype), q.shape[1] // k.shape[1]
+    grad_q, grad_k, grad_v = empty_as(q, k, v)
     for b, kv in product(range(k.shape[0]), range(k.shape[1])):
         keys = _blocks(_key_features(k, valid, b, kv, feature_map), block[1])
         values = _blocks(_with_ones(v[b, kv].to(exact)), block[1])
@@ -85,10 +86,6 @@ def _backward(
         grad_k[b, kv] = _tokens([_pull_back(keys, values @ grad_states.mT, feature_map)], k.shape[2])
         grad_v[b, kv] = _tokens([keys @ grad_states[..., :-1]], k.shape[2])
     return grad_q, grad_k, grad_v
-
-
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _features(x: Tensor, feature_map: str) -> Tensor:
@@ -114,7 +111,7 @@ def _pull_back(phi: Tensor, grad: Tensor, feature_map: str) -> Tensor:
 
 
 def _key_features(k: Tensor, valid: Tensor | None, b: int, kv: int, feature_map: str) -> Tensor:
-    phi = _features(k[b, kv].to(_exact(k.dtype)), feature_map)
+    phi = _features(k[b, kv].to(exact_dtype(k.dtype)), feature_map)
     if valid is None:
         return phi
     return phi * valid[b * valid.shape[0] // k.shape[0], kv * valid.shape[1] // k.shape[1], :, None]

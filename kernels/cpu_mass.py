@@ -6,12 +6,14 @@ Letters: B batch, H query heads, KV key heads, S tokens (Sq, Sk), D head dim, Q 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise, product
 
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.mass_ops import define
+from dit_sparse.kernels.operands import exact_dtype
 from dit_sparse.order import broadcast_heads
 from dit_sparse.plan import blocks_of, pool
 
@@ -26,12 +28,12 @@ def _probe(
     k: Tensor,
     lse: Tensor,
     valid: Tensor | None,
-    block: tuple[int, int],
+    block: Sequence[int],
     scale: float,
     small: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mass, and where ``small`` is given peak and count."""
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    _check(q)
+    exact = exact_dtype(q.dtype)
     batch, heads, queries, _ = q.shape
     kv_heads, keys = k.shape[1:3]
     mass = torch.zeros(batch, heads, blocks_of(queries, block[0]), blocks_of(keys, block[1]), dtype=exact)
@@ -82,70 +84,7 @@ def _per_block(tile: Tensor, gone: Tensor | None, rows: slice, columns: slice, r
     return reduce(x.view(len(x), columns.stop - columns.start, -1), 2)
 
 
-@torch.library.custom_op("dit_sparse::block_mass_cpu", mutates_args=())
-def _mass(
-    q: Tensor, k: Tensor, lse: Tensor, valid: Tensor | None, block_q: int, block_k: int, scale: float
-) -> Tensor:
-    return _probe(q, k, lse, valid, (block_q, block_k), scale, None)[0]
-
-
-@_mass.register_fake
-def _(q, k, lse, valid, block_q, block_k, scale):
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty((*q.shape[:2], -(-q.shape[2] // block_q), -(-k.shape[2] // block_k)), dtype=exact)
-
-
-@torch.library.custom_op("dit_sparse::block_statistics_cpu", mutates_args=())
-def _statistics(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    valid: Tensor | None,
-    block_q: int,
-    block_k: int,
-    scale: float,
-    small: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _probe(q, k, lse, valid, (block_q, block_k), scale, small)
-
-
-@_statistics.register_fake
-def _(q, k, lse, valid, block_q, block_k, scale, small):
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    shape = (*q.shape[:2], -(-q.shape[2] // block_q), -(-k.shape[2] // block_k))
-    mass, peak = (q.new_empty(shape, dtype=exact) for _ in range(2))
-    return mass, peak, q.new_empty(shape, dtype=torch.int32)
-
-
-def block_mass(
-    q: Tensor, k: Tensor, lse: Tensor, block: tuple[int, int], *, valid: Tensor | None, scale: float
-) -> Tensor:
-    """See :func:`dit_sparse.kernels.block_mass`.
-
-    Raises:
-        ValueError: Tensors that are not on the CPU.
-    """
-    _check(q)
-    return _mass(q, k, lse, valid, *block, scale)
-
-
-def block_statistics(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    block: tuple[int, int],
-    small: float,
-    *,
-    valid: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`dit_sparse.kernels.block_statistics`.
-
-    Raises:
-        ValueError: Tensors that are not on the CPU.
-    """
-    _check(q)
-    return _statistics(q, k, lse, valid, *block, scale, small)
+block_mass, block_statistics = define("cpu", _probe)
 
 
 def block_means(x: Tensor, block: int, valid: Tensor | None, dtype: torch.dtype) -> Tensor:

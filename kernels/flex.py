@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
+from dit_sparse.kernels.ops import _needs_grad
+from dit_sparse.order import broadcast_heads
 from dit_sparse.plan import Plan
 
 
@@ -33,11 +35,11 @@ def attention(
         ValueError: Gradients asked for on the CPU, or on a GPU a block that is no multiple of 16 tokens.
     """
     heads = q.shape[1]
-    if valid is not None and valid.shape[1] not in (1, heads):
-        valid = valid.repeat_interleave(heads // valid.shape[1], 1)
-    if positions is not None and positions.shape[0] not in (1, heads):
-        positions = positions.repeat_interleave(heads // positions.shape[0], 0)
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if valid is not None:
+        valid = broadcast_heads(valid, heads)
+    if positions is not None:
+        positions = broadcast_heads(positions[None], heads)[0]
+    needs_grad = _needs_grad(q, k, v)
     mask = plan.to_block_mask(q.shape[2], k.shape[2], valid, positions, needs_grad)
     arguments: dict[str, Any] = {
         "block_mask": mask,

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.operands import exact_dtype
 from dit_sparse.plan import Plan
 
 _fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -83,7 +84,7 @@ def _forward(
     rows, size = plan.counts.shape[-1], plan.block[0]
     queries, keys, values = _blocks(q, rows, size), k.reshape(-1, k.shape[3]), v.reshape(-1, v.shape[3])
     out = torch.zeros_like(queries)
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    exact = exact_dtype(q.dtype)
     lse = queries.new_full(queries.shape[:2], float("-inf"), dtype=exact)
     # Per gathered key: its key and value, and its column of the rule's mask.
     per_key = 2 * q.shape[3] * q.element_size() + (4 * size if plan.rule is not None else 0)

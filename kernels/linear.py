@@ -33,6 +33,7 @@ from torch import Tensor
 from dit_sparse.kernels.block_sparse import _check, precision
 from dit_sparse.kernels.linear_ops import define
 from dit_sparse.kernels.lists import Columns, transpose
+from dit_sparse.kernels.operands import empty_as, empty_results, lead_strides, unit_stride
 from dit_sparse.kernels.targets import Target, Variant, target_of
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -652,7 +653,7 @@ def configure(
         restricted: Whether there is a plan.
         target: Its shared memory decides how many stages of loads are in flight.
     """
-    name, halves = _split(feature_map)
+    name, halves = _halves(feature_map)
     read, summed = block[::-1] if kernel is key_kernel else block
     d = max(16, triton.next_power_of_2(head_dim))
     features = d * halves
@@ -729,7 +730,7 @@ def _summed(
         phi,
         *x.stride()[:3],
         *v.stride()[:3],
-        *_strides(valid),
+        *lead_strides(valid),
         heads,
         length,
         blocks,
@@ -741,16 +742,9 @@ def _summed(
     return _State(part.sum(2), block_mass.sum(2), phi, block_mass, tokens, tokens.sum(-1, dtype=torch.int32))
 
 
-def _split(feature_map: str) -> tuple[str, int]:
+def _halves(feature_map: str) -> tuple[str, int]:
     """The map of one half of the features, and how many halves there are."""
     return ("softmax", 2) if feature_map == "hedgehog" else (feature_map, 1)
-
-
-def _strides(x: Tensor | None) -> tuple[int, int]:
-    """Of batch and heads; 0 where one entry serves all."""
-    if x is None:
-        return 0, 0
-    return (0 if x.shape[0] == 1 else x.stride(0)), (0 if x.shape[1] == 1 else x.stride(1))
 
 
 def _mean(keys: _State) -> Tensor:
@@ -759,7 +753,7 @@ def _mean(keys: _State) -> Tensor:
     return keys.sum.sum(-2) / mass.masked_fill(mass == 0, 1)
 
 
-def _rows(indices: Tensor | None, counts: Tensor | None) -> Columns | None:
+def _row_lists(indices: Tensor | None, counts: Tensor | None) -> Columns | None:
     """A plan's lists one after another, as the transposed ones are."""
     if indices is None or counts is None:
         return None
@@ -772,7 +766,7 @@ def _arguments(state: _State, lists: Columns | None) -> tuple[list[Tensor], list
     """Pointers to a state and to the lists of what to leave of it, and strides of the lists."""
     if lists is None:  # addresses that are not read
         return [*state, *[state.tokens] * 3], [0] * 6
-    return [*state, *lists], [s for x in lists for s in _strides(x)]
+    return [*state, *lists], [s for x in lists for s in lead_strides(x)]
 
 
 def _programs(length: int, block: int, tile: int) -> int:
@@ -780,10 +774,6 @@ def _programs(length: int, block: int, tile: int) -> int:
     if block % tile == 0:
         return triton.cdiv(length, tile)
     return triton.cdiv(length, block) * triton.cdiv(block, tile)
-
-
-def _ready(*tensors: Tensor) -> list[Tensor]:
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def _forward(
@@ -798,14 +788,13 @@ def _forward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     _check(q)
-    q, k, v = _ready(q, k, v)
+    q, k, v = map(unit_stride, (q, k, v))
     batch, heads, queries, dim = q.shape
     restricted = indices is not None
     bq, bk = block if restricted else BLOCKS
     keys = _summed(k, v, bk, valid, feature_map, restricted)
-    pointers, strides = _arguments(keys, _rows(indices, counts))
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    inverse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    pointers, strides = _arguments(keys, _row_lists(indices, counts))
+    out, inverse = empty_results(q)
     constants = configure(output_kernel, dim, feature_map, q.dtype, (bq, bk), restricted, target_of(q.device))
     output_kernel[triton.cdiv(queries, bq) * triton.cdiv(dim, constants["TILE_V"]), batch * heads](
         q,
@@ -841,7 +830,7 @@ def _backward(
     feature_map: str,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad, q, k, v = _ready(grad, q, k, v)
+    grad, q, k, v = map(unit_stride, (grad, q, k, v))
     batch, heads, queries, dim = q.shape
     kv_heads, length = k.shape[1:3]
     restricted = indices is not None
@@ -850,12 +839,11 @@ def _backward(
     columns = keys.block_mass.shape[2]
     mean, level = _mean(keys), keys.mass.mean(-1)
     level = level.masked_fill(level == 0, 1)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    scale, weight = torch.empty_like(inverse), torch.empty_like(inverse)
+    dq, dk, dv, scale, weight = empty_as(q, k, v, inverse, inverse)
 
     target = target_of(q.device)
     constants = configure(query_kernel, dim, feature_map, q.dtype, (bq, bk), restricted, target)
-    pointers, strides = _arguments(keys, _rows(indices, counts))
+    pointers, strides = _arguments(keys, _row_lists(indices, counts))
     query_kernel[_programs(queries, bq, constants["TILE_M"]), batch * heads](
         q,
         v,
@@ -899,7 +887,7 @@ def _backward(
         *v.stride()[:3],
         *grad.stride()[:3],
         *strides,
-        *_strides(valid),
+        *lead_strides(valid),
         kv_heads,
         queries,
         length,
@@ -927,30 +915,20 @@ IN_CI = {("sm_90", "output_kernel", 128, (64, 64)), ("sm_80", "state_kernel", 64
 
 def variants(target: Target) -> list[Variant]:
     """What ahead-of-time compilation records: the two variants of SLA, and LinVideo's features."""
-    integers = ("p_tokens", "p_all", "p_list", "p_start", "p_count")
-    floats = (
-        "p_scale",
-        "p_weight",
-        "p_part",
-        "p_sum",
-        "p_mass",
-        "p_block_mass",
-        "p_mean",
-        "p_level",
-        "p_inverse",
-    )
+    integers = ("tokens", "all", "list", "start", "count")
+    floats = ("scale", "weight", "part", "sum", "mass", "block_mass", "mean", "level", "inverse")
+    pointers = {f"p_{x}": "*i32" for x in integers} | {f"p_{x}": "*fp32" for x in floats}
+    pointers["p_valid"] = "*i1"
     out = []
     for dtype, feature_map, dim, block in CASES:
         restricted = block is not None
         name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-        pointers = dict.fromkeys(integers, "*i32") | dict.fromkeys(floats, "*fp32") | {"p_valid": "*i1"}
         for kernel in (state_kernel, output_kernel, query_kernel, key_kernel):
             names = kernel.arg_names
             constants = configure(kernel, dim, feature_map, dtype, block or BLOCKS, restricted, target)
             constants |= {"SCALED": False, "HAS_VALID": restricted, "GROUP": 1}
-            types = {n: pointers.get(n, f"*{name}") if n.startswith("p_") else "i32" for n in names} | {
-                "EPS": "fp32"
-            }
+            types = {n: pointers.get(n, f"*{name}") if n.startswith("p_") else "i32" for n in names}
+            types["EPS"] = "fp32"
             out.append(
                 Variant(
                     kernel,

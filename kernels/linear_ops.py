@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.operands import empty_as, empty_results
 from dit_sparse.kernels.ops import _check_plan, _check_tensors, _check_valid
 from dit_sparse.order import broadcast_heads
 from dit_sparse.plan import PackedPlan, Plan
@@ -120,12 +121,11 @@ def define(backend: str, forward: Callable, backward: Callable) -> Callable[...,
 
     @forward_op.register_fake
     def _(q, k, v, *rest):
-        exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-        return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=exact)
+        return empty_results(q)
 
     @backward_op.register_fake
     def _(grad, q, k, v, *rest):
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        return empty_as(q, k, v)
 
     def save(ctx, inputs, output):
         q, k, v, indices, counts, valid, *ctx.rest = inputs

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_sparse.kernels.operands import unit_stride
 from dit_sparse.kernels.targets import Target, Variant
 from dit_sparse.plan import PackedPlan, Plan
 
@@ -229,7 +230,7 @@ def _rows(
         whole = torch.nn.functional.pad(valid, (0, -keys % block)).unflatten(-1, (-1, block)).all(-1)
         lead = torch.broadcast_shapes(lead, whole.shape[:2])
         whole = whole.expand(*lead, -1)
-    source = _unit_stride(source).expand(*lead, -1, -1)
+    source = unit_stride(source).expand(*lead, -1, -1)
     used = used if used is None else used.expand(*lead, -1)
     rows = source.shape[2]
     n = triton.cdiv(keys, block) if used is None else source.shape[3]
@@ -261,7 +262,7 @@ def _rows(
 
 def _pack(indices: Tensor, counts: Tensor, keys: int) -> Tensor:
     """Bits of lists, uint8 [B or 1, H or 1, Q, K / 8 or a little more]."""
-    indices = _unit_stride(indices)
+    indices = unit_stride(indices)
     batch, heads, rows, width = indices.shape
     words = torch.zeros((batch, heads, rows, triton.cdiv(keys, 32)), dtype=torch.int32, device=indices.device)
     per, slots = _tile(width)
@@ -305,10 +306,6 @@ def _tile(width: int) -> tuple[int, int]:
     return SLOTS // slots, slots
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def split(indices: Tensor, counts: Tensor, block: int, keys: int, valid: Tensor | None) -> Lists:
     """:func:`row_lists` of a plan's ``indices`` and ``counts``; ``block`` is that of the keys."""
     if indices.shape[-1] == 0:  # a plan that keeps nothing still needs an address to point at
@@ -334,7 +331,7 @@ def transpose(indices: Tensor, counts: Tensor, keys: int) -> Columns:
 
 def transpose_bits(bits: Tensor, keys: int, entries: int) -> Columns:
     """:func:`column_lists` of packed bits over ``keys`` key blocks; no head keeps more than ``entries``."""
-    bits = _unit_stride(bits)
+    bits = unit_stride(bits)
     lead, segments = bits.shape[:2], triton.cdiv(bits.shape[2], SEGMENT)
     part = torch.empty((*lead, keys, segments), dtype=torch.int32, device=bits.device)
     out = torch.empty((*lead, max(1, entries)), dtype=torch.int32, device=bits.device)

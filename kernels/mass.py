@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_sparse.kernels.block_sparse import _check, precision
+from dit_sparse.kernels.mass_ops import define
+from dit_sparse.kernels.operands import unit_stride
 from dit_sparse.kernels.targets import Target, Variant, target_of
 from dit_sparse.order import broadcast_heads
 from dit_sparse.plan import blocks_of
@@ -275,7 +278,7 @@ def config(head_dim: int, itemsize: int, target: Target) -> Config:
     return Config(tile_m, tile_n, tile_d, 4 * operands, stages)
 
 
-def _constants(tiles: Config, head_dim: int, block: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+def _constants(tiles: Config, head_dim: int, block: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
     return {
         "D": head_dim,
         "BQ": block[0],
@@ -299,15 +302,14 @@ def _launch(
     k: Tensor,
     lse: Tensor,
     valid: Tensor | None,
-    block: tuple[int, int],
+    block: Sequence[int],
     scale: float,
     small: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mass, and where ``small`` is given peak and count."""
+    _check(q)
     batch, heads, queries, head_dim = q.shape
     keys = k.shape[2]
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    lse = lse.contiguous()
+    q, k, lse = unit_stride(q), unit_stride(k), lse.contiguous()
     shape = (batch, heads, blocks_of(queries, block[0]), blocks_of(keys, block[1]))
     mass = torch.empty(shape, dtype=torch.float32, device=q.device)
     peak, count = mass, mass
@@ -374,44 +376,13 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@torch.library.custom_op("dit_sparse::block_mass_triton", mutates_args=())
-def _mass(
-    q: Tensor, k: Tensor, lse: Tensor, valid: Tensor | None, block_q: int, block_k: int, scale: float
-) -> Tensor:
-    return _launch(q, k, lse, valid, (block_q, block_k), scale, None)[0]
-
-
-@_mass.register_fake
-def _(q, k, lse, valid, block_q, block_k, scale):
-    shape = (*q.shape[:2], -(-q.shape[2] // block_q), -(-k.shape[2] // block_k))
-    return q.new_empty(shape, dtype=torch.float32)
-
-
-@torch.library.custom_op("dit_sparse::block_statistics_triton", mutates_args=())
-def _statistics(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    valid: Tensor | None,
-    block_q: int,
-    block_k: int,
-    scale: float,
-    small: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _launch(q, k, lse, valid, (block_q, block_k), scale, small)
-
-
-@_statistics.register_fake
-def _(q, k, lse, valid, block_q, block_k, scale, small):
-    shape = (*q.shape[:2], -(-q.shape[2] // block_q), -(-k.shape[2] // block_k))
-    mass, peak = (q.new_empty(shape, dtype=torch.float32) for _ in range(2))
-    return mass, peak, q.new_empty(shape, dtype=torch.int32)
+block_mass, block_statistics = define("triton", _launch)
 
 
 @torch.library.custom_op("dit_sparse::block_means_triton", mutates_args=())
 def _means(x: Tensor, valid: Tensor | None, block: int, dtype: torch.dtype) -> Tensor:
     batch, heads, tokens, head_dim = x.shape
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = unit_stride(x)
     out = torch.empty((batch, heads, blocks_of(tokens, block), head_dim), dtype=dtype, device=x.device)
     constants = _means_constants(head_dim, block)
     grid = (
@@ -447,42 +418,11 @@ def _means_constants(head_dim: int, block: int) -> dict[str, Any]:
     return {"D": head_dim, "BLOCK": block, "ROWS": _rows(block, tile_m), "TILE_M": tile_m, "TILE_D": tile_d}
 
 
-def block_mass(
-    q: Tensor, k: Tensor, lse: Tensor, block: tuple[int, int], *, valid: Tensor | None, scale: float
-) -> Tensor:
-    """See :func:`dit_sparse.kernels.block_mass`; fp32, bf16 and fp16.
-
-    Raises:
-        ValueError: float64 tensors, or tensors not on a GPU (the Triton interpreter takes the CPU's).
-    """
-    _check(q)
-    return _mass(q, k, lse, valid, *block, scale)
-
-
-def block_statistics(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    block: tuple[int, int],
-    small: float,
-    *,
-    valid: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`dit_sparse.kernels.block_statistics`; fp32, bf16 and fp16.
-
-    Raises:
-        ValueError: As :func:`block_mass`.
-    """
-    _check(q)
-    return _statistics(q, k, lse, valid, *block, scale, small)
-
-
 def block_means(x: Tensor, block: int, valid: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Means of the tokens that exist in each block, see :func:`dit_sparse.plan.pool`, summed in float32.
 
     Raises:
-        ValueError: As :func:`block_mass`.
+        ValueError: float64 tensors, or tensors not on a GPU (the Triton interpreter takes the CPU's).
     """
     _check(x)
     return _means(x, valid, block, dtype)

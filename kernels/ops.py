@@ -15,8 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dit_sparse.order import broadcast_heads
-from dit_sparse.plan import PackedPlan, Plan, Rule, blocks_of, pair_of
+from dit_sparse.plan import PackedPlan, Plan, Rule, blocks_of
 
 # Name of a backend -> the module that has its `attention` function, imported on first use.
 BACKENDS = {
@@ -28,12 +27,6 @@ BACKENDS = {
 }
 HONOUR_RULE = frozenset({"reference", "gathered", "flex"})
 READ_BITS = frozenset({"cpu", "triton"})
-# The same for `block_mass`, `block_statistics` and `block_means`.
-PROBES = {
-    "reference": "dit_sparse.kernels.reference",
-    "cpu": "dit_sparse.kernels.cpu_mass",
-    "triton": "dit_sparse.kernels.mass",
-}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -107,14 +100,15 @@ def resolve_backend(
     needs = [n for n, asked in (("gradients", needs_grad), ("the log-sum-exp", needs_lse)) if asked]
     gives = f", which gives {' and '.join(needs)}" if needs else ""
     if kind == "cpu":
-        from dit_sparse.kernels.build import compiled
-
-        there, why = compiled()
         if rule is not None:
             there, why = False, "the plan has a token-level rule, which the compiled kernels do not take"
-        if not there:
-            return "gathered", f"gathered key blocks and PyTorch's fused attention, for {why}{gives}"
-        return "cpu", f"tensors are on the CPU: {why}{gives}"
+        else:
+            from dit_sparse.kernels.build import compiled
+
+            there, why = compiled()
+        if there:
+            return "cpu", f"tensors are on the CPU: {why}{gives}"
+        return "gathered", f"gathered key blocks and PyTorch's fused attention, for {why}{gives}"
     if kind == "cuda":
         if rule is not None:
             return "flex", f"the plan has a token-level rule, which the triton kernels do not take{gives}"
@@ -144,8 +138,8 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
         for i, part in enumerate(parts):
             if part.shape != shape:
                 raise ValueError(f"{name}[{i}] has shape {tuple(part.shape)}, expected {tuple(shape)}")
-    exact = any(x.dtype == torch.float64 for x in lses)
-    stacked = torch.stack([x.to(torch.float64 if exact else torch.float32) for x in lses])
+    exact = torch.float64 if any(x.dtype == torch.float64 for x in lses) else torch.float32
+    stacked = torch.stack([x.to(exact) for x in lses])
     # The peak cancels out, so it carries no gradient; 0 stands in for it where every part is empty.
     peak = stacked.detach().amax(0)
     empty = peak == float("-inf")
@@ -158,139 +152,6 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
         out = out + share[..., None] * part.to(stacked.dtype)
     lse = (total.log() + peak).masked_fill(empty, float("-inf"))
     return out.to(outs[0].dtype).contiguous(), lse
-
-
-@torch.no_grad()
-def block_mass(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    block: int | tuple[int, int],
-    *,
-    valid: Tensor | None = None,
-    scale: float | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Softmax mass of every block pair: one pass over the keys with a log-sum-exp that is known already.
-
-    mass[i, j] is the sum over queries a of block i and existing keys c of block j of
-    exp(scale * q_a . k_c - lse_a) (AdaSpa, arXiv 2502.21079). With the true ``lse`` each row adds up to the
-    number of its queries; with that of an earlier step it does not, and single terms may be above one.
-
-    Args:
-        q: [B, H, Sq, D] in block order.
-        k: [B, KV, Sk, D] in block order; H is a multiple of KV.
-        lse: float32 [B, H, Sq], natural log, as attention returns it. A query whose lse is not finite has no
-            mass: fill in infinity to leave it out.
-        block: Tokens per block, or (query block, key block).
-        valid: Which keys exist, bool [B or 1, H or KV or 1, Sk]; default all.
-        scale: Of the scores, above zero; default D ** -0.5.
-        backend: "auto" (see :func:`resolve_probe`), "reference", "cpu" or "triton".
-
-    Returns:
-        float32 [B, H, Q, K] (float64 for float64 inputs), without gradient. Memory beside it is linear in Sq
-        and Sk, except for "reference".
-
-    Raises:
-        ValueError: Arguments that do not fit together, or that the backend cannot honour.
-    """
-    scale = _check_probe(q, k, lse, valid, scale)
-    return _probe(q, backend).block_mass(q, k, lse, pair_of(block), valid=valid, scale=scale)
-
-
-@torch.no_grad()
-def block_statistics(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    block: int | tuple[int, int],
-    small: float,
-    *,
-    valid: Tensor | None = None,
-    scale: float | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The pass of :func:`block_mass`, which also looks at single probabilities (PARO's metrics need them).
-
-    Args:
-        small: What counts as small.
-        q, k, lse, block, valid, scale, backend: As in :func:`block_mass`.
-
-    Returns:
-        mass, peak and count, each [B, H, Q, K]: peak is the largest probability of a block pair, 0 where
-        there is none, in the dtype of mass; count is how many are below ``small``, int32. Keys that do not
-        exist and queries without a finite lse do not count.
-
-    Raises:
-        ValueError: As :func:`block_mass`.
-    """
-    scale = _check_probe(q, k, lse, valid, scale)
-    return _probe(q, backend).block_statistics(q, k, lse, pair_of(block), small, valid=valid, scale=scale)
-
-
-@torch.no_grad()
-def pooled_scores(
-    q: Tensor,
-    k: Tensor,
-    block: int | tuple[int, int],
-    *,
-    valid: Tensor | None = None,
-    query_valid: Tensor | None = None,
-    scale: float | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Scores of block means: scale * mean of query block i . mean of key block j.
-
-    The means are those of :func:`dit_sparse.plan.pool`, but stay float32: in bfloat16 they would give ties.
-
-    Args:
-        q: [B, H, Sq, D] in block order.
-        k: [B, KV, Sk, D] in block order; H is a multiple of KV.
-        block: Tokens per block, or (query block, key block).
-        valid, query_valid: Which keys and queries exist, bool [B or 1, H or KV or 1, Sk or Sq]; default all.
-        scale: Of the scores, above zero; default D ** -0.5.
-        backend: As in :func:`block_mass`.
-
-    Returns:
-        float32 [B, H, Q, K] (float64 for float64 inputs), without gradient; 0 where a block has no token.
-
-    Raises:
-        ValueError: As :func:`block_mass`.
-    """
-    _check_tensors(q, k, k)
-    _check_valid(q, k, valid)
-    _check_valid(q, k, query_valid, of_queries=True)
-    scale = _scale(q, scale)
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    block_q, block_k = pair_of(block)
-    if valid is not None and valid.shape[1] > k.shape[1]:
-        k = k.repeat_interleave(valid.shape[1] // k.shape[1], 1)
-    if query_valid is not None:
-        query_valid = broadcast_heads(query_valid, q.shape[1])
-    means = _probe(q, backend).block_means
-    queries, keys = means(q, block_q, query_valid, exact), means(k, block_k, valid, exact)
-    # The query heads that share keys as one matrix: no copy of the keys for each.
-    grouped = queries.reshape(len(q), k.shape[1], -1, q.shape[3])
-    return (grouped @ keys.mT).view(*queries.shape[:3], keys.shape[2]).mul_(scale)
-
-
-def resolve_probe(device: torch.device | str) -> tuple[str, str]:
-    """What "auto" means for probes on ``device``: the backend's name, and one sentence why."""
-    kind = torch.device(device).type
-    if kind == "cpu":
-        return "cpu", "tensors are on the CPU: tiles of scores in its caches"
-    if kind == "cuda" and find_spec("triton") is not None:
-        return "triton", "a GPU with triton installed"
-    missing = "triton is not installed" if kind == "cuda" else f"no kernel for device type {kind!r}"
-    return "reference", f"{missing}, so the quadratic eager definition"
-
-
-def _probe(q: Tensor, backend: str) -> ModuleType:
-    if backend == "auto":
-        backend, _ = resolve_probe(q.device)
-    if backend not in PROBES:
-        raise ValueError(f"unknown backend {backend!r}, known are auto, {', '.join(PROBES)}")
-    return _module(PROBES[backend])
 
 
 def _module(name: str) -> ModuleType:
@@ -315,18 +176,6 @@ def _scale(q: Tensor, scale: float | None) -> float:
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale must be a finite number above zero, got {scale}")
     return scale
-
-
-def _check_probe(q: Tensor, k: Tensor, lse: Tensor, valid: Tensor | None, scale: float | None) -> float:
-    """Returns the scale."""
-    _check_tensors(q, k, k)
-    _check_valid(q, k, valid)
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if lse.shape != q.shape[:3] or lse.dtype not in (torch.float32, exact):
-        raise ValueError(f"lse must be float32 {tuple(q.shape[:3])}, got {lse.dtype} {tuple(lse.shape)}")
-    if lse.device != q.device:
-        raise ValueError(f"lse is on {lse.device}, q on {q.device}")
-    return _scale(q, scale)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -25,12 +25,13 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_sparse.kernels import quant_ops
-from dit_sparse.kernels.lists import split
-from dit_sparse.kernels.quant_ops import GROUP, LIMITS, PV, QK, WEIGHT_OF_ONE
+from dit_sparse.kernels.lists import Lists, split
+from dit_sparse.kernels.operands import empty_results, lead_strides, unit_stride
+from dit_sparse.kernels.quant_ops import GROUP, LIMITS, PV, QK, STORED, WEIGHT_OF_ONE, per_kv_head
 from dit_sparse.kernels.targets import Target, Variant, target_of
+from dit_sparse.order import broadcast_heads
 from dit_sparse.plan import Plan
 
-DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp16": torch.float16}
 # Of the kernels that quantise: a product fused with a sum would round once, but the definition rounds twice.
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 # Elements of k that one program sums up.
@@ -61,6 +62,32 @@ def _shuffle(b_x):
     if b_x.dtype.primitive_bitwidth == 8:
         b_x = b_x.reshape(R, N // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(R, N)
     return b_x
+
+
+@triton.jit
+def _load_group(
+    p_x,
+    p_valid,
+    i_group,
+    s_xs,
+    S,
+    BLOCK: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    TILE_D: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+):
+    """One group of tokens of a head in float32, 0 where there is none; where they are, and which exist."""
+    GROUPS: tl.constexpr = (BLOCK + G - 1) // G
+    o_row = i_group % GROUPS * G + tl.arange(0, G)
+    o_s = i_group // GROUPS * BLOCK + o_row
+    o_d = tl.arange(0, TILE_D)
+    m_s = (o_row < BLOCK) & (o_s < S)
+    if HAS_VALID:
+        m_s = m_s & (tl.load(p_valid + o_s, mask=m_s, other=0) != 0)
+    m = m_s[:, None] & (o_d < D)[None, :]
+    b_x = tl.load(p_x + o_s[:, None] * s_xs + o_d[None, :], mask=m, other=0.0)
+    return b_x.to(tl.float32), o_s, m_s
 
 
 @triton.jit
@@ -129,33 +156,26 @@ def quantize_rows_kernel(
     HAS_VALID: tl.constexpr,
 ):
     """One group of tokens of q, or of k less its mean; of q also its products with that mean."""
-    GROUPS: tl.constexpr = (BLOCK + G - 1) // G
     i_bh = tl.program_id(1).to(tl.int64)
     i_b = i_bh // H
     i_h = i_bh % H
     i_group = tl.program_id(0).to(tl.int64)
-    o_g = tl.arange(0, G)
-    o_row = (i_group % GROUPS) * G + o_g
-    o_s = i_group // GROUPS * BLOCK + o_row
+    p_x += i_b * s_xb + i_h * s_xh
+    p_valid += i_b * s_mb + i_h * s_mh
+    b_x, o_s, m_s = _load_group(p_x, p_valid, i_group, s_xs, S, BLOCK, G, D, TILE_D, HAS_VALID)
     o_d = tl.arange(0, TILE_D)
-    m_s = (o_row < BLOCK) & (o_s < S)
-    if HAS_VALID:
-        m_s = m_s & (tl.load(p_valid + i_b * s_mb + i_h * s_mh + o_s, mask=m_s, other=0) != 0)
-    m = m_s[:, None] & (o_d < D)[None, :]
-    b_x = tl.load(p_x + i_b * s_xb + i_h * s_xh + o_s[:, None] * s_xs + o_d[None, :], mask=m, other=0.0)
-    b_x = b_x.to(tl.float32)
     if SMOOTH:
         o_mean = (i_b * KV + i_h * KV // H) * D + o_d
         b_mean = tl.load(p_mean + o_mean, mask=o_d < D, other=0.0)
         if IS_KEY:
-            b_x = tl.where(m, b_x - b_mean[None, :], 0.0)
+            b_x = tl.where(m_s[:, None], b_x - b_mean[None, :], 0.0)
         else:
             tl.store(p_shift + i_bh * S + o_s, tl.sum(b_x * b_mean[None, :], 1), mask=m_s)
     b_peak = tl.maximum(tl.max(tl.abs(b_x)), FLOOR)
     i_out = i_bh * tl.num_programs(0) + i_group
     tl.store(p_scale + i_out, tl.div_rn(b_peak, LIMIT))
     b_out = _cast(b_x * tl.div_rn(LIMIT, b_peak), p_out.dtype.element_ty)
-    tl.store(p_out + (i_out * G + o_g)[:, None] * TILE_D + o_d[None, :], b_out)
+    tl.store(p_out + (i_out * G + tl.arange(0, G))[:, None] * TILE_D + o_d[None, :], b_out)
 
 
 @triton.jit
@@ -184,22 +204,17 @@ def quantize_channels_kernel(
     i_b = i_bh // KV
     i_h = i_bh % KV
     i_group = tl.program_id(0).to(tl.int64)
-    o_g = tl.arange(0, G)
-    o_row = (i_group % GROUPS) * G + o_g
-    o_s = i_group // GROUPS * BLOCK + o_row
+    p_v += i_b * s_vb + i_h * s_vh
+    p_valid += i_b * s_mb + i_h * s_mh
+    b_v, _, _ = _load_group(p_v, p_valid, i_group, s_vs, S, BLOCK, G, D, TILE_D, HAS_VALID)
     o_d = tl.arange(0, TILE_D)
-    m_s = (o_row < BLOCK) & (o_s < S)
-    if HAS_VALID:
-        m_s = m_s & (tl.load(p_valid + i_b * s_mb + i_h * s_mh + o_s, mask=m_s, other=0) != 0)
-    m = m_s[:, None] & (o_d < D)[None, :]
-    b_v = tl.load(p_v + i_b * s_vb + i_h * s_vh + o_s[:, None] * s_vs + o_d[None, :], mask=m, other=0.0)
     b_peak = tl.maximum(tl.load(p_peak + i_bh * D + o_d, mask=o_d < D, other=0.0), FLOOR)
-    b_out = _cast(b_v.to(tl.float32) * tl.div_rn(LIMIT, b_peak)[None, :], p_out.dtype.element_ty)
+    b_out = _cast(b_v * tl.div_rn(LIMIT, b_peak)[None, :], p_out.dtype.element_ty)
     b_out = _shuffle(tl.trans(b_out))
     PADDED: tl.constexpr = GROUPS * G
     i_block = i_bh * (tl.num_programs(0) // GROUPS) + i_group // GROUPS
     p_out += i_block * (TILE_D * PADDED) + i_group % GROUPS * G
-    tl.store(p_out + o_d[:, None] * PADDED + o_g[None, :], b_out)
+    tl.store(p_out + o_d[:, None] * PADDED + tl.arange(0, G)[None, :], b_out)
 
 
 @triton.jit
@@ -341,40 +356,31 @@ def forward_kernel(
     b_acc = (tl.zeros((TILE_M, TILE_V), tl.float32),) * (TILE_D // TILE_V)
 
     # Blocks whose every token exists come first in the list and need no mask of tokens.
-    for i in tl.range(0, n_full * PER_K, disable_licm=not HOIST):
-        i_k = tl.load(p_list + i // PER_K)
-        i_col = (i % PER_K) * TILE_N
-        c_s = c_q * tl.load(p_ks + i_k * GROUPS_K + i_col // GK)
-        p_tile_k = p_k + (i_k.to(tl.int64) * PADDED + i_col) * TILE_D
-        p_tile_v = p_v + (i_k.to(tl.int64) * (PADDED * TILE_D) + i_col)
-        m_k = i_col + o_n < BK
-        b_m, b_l, b_acc = _attend(
-            b_q,
-            b_m,
-            b_l,
-            b_acc,
-            p_tile_k,
-            p_tile_v,
-            c_s,
-            m_k,
-            TILE_V * PADDED,
-            LOG2_P,
-            ADDS,
-            BK % TILE_N != 0,
-        )
-
-    for i in tl.range(n_full * PER_K, n_all * PER_K, disable_licm=not HOIST):
-        i_k = tl.load(p_list + i // PER_K)
-        i_col = (i % PER_K) * TILE_N
-        c_s = c_q * tl.load(p_ks + i_k * GROUPS_K + i_col // GK)
-        p_tile_k = p_k + (i_k.to(tl.int64) * PADDED + i_col) * TILE_D
-        p_tile_v = p_v + (i_k.to(tl.int64) * (PADDED * TILE_D) + i_col)
-        m_k = o_n < tl.minimum(BK, SK - i_k * BK) - i_col
-        if HAS_VALID:
-            m_k = m_k & (tl.load(p_valid + (i_k * BK + i_col) + o_n, mask=m_k, other=0) != 0)
-        b_m, b_l, b_acc = _attend(
-            b_q, b_m, b_l, b_acc, p_tile_k, p_tile_v, c_s, m_k, TILE_V * PADDED, LOG2_P, ADDS, True
-        )
+    for i_pass in tl.static_range(2):
+        for i in tl.range(
+            n_full * PER_K if i_pass == 1 else 0,
+            n_all * PER_K if i_pass == 1 else n_full * PER_K,
+            disable_licm=not HOIST,
+        ):
+            i_k = tl.load(p_list + i // PER_K)
+            i_col = (i % PER_K) * TILE_N
+            m_k = o_n < tl.minimum(BK, SK - i_k * BK) - i_col
+            if HAS_VALID and i_pass == 1:
+                m_k = m_k & (tl.load(p_valid + (i_k * BK + i_col) + o_n, mask=m_k, other=0) != 0)
+            b_m, b_l, b_acc = _attend(
+                b_q,
+                b_m,
+                b_l,
+                b_acc,
+                p_k + (i_k.to(tl.int64) * PADDED + i_col) * TILE_D,
+                p_v + (i_k.to(tl.int64) * (PADDED * TILE_D) + i_col),
+                c_q * tl.load(p_ks + i_k * GROUPS_K + i_col // GK),
+                m_k,
+                TILE_V * PADDED,
+                LOG2_P,
+                ADDS,
+                i_pass == 1 or BK % TILE_N != 0,
+            )
 
     m_q = o_m < tl.minimum(BQ, SQ - i_q * BQ) - i_row
     i_out = i_bh.to(tl.int64) * SQ + (i_q * BQ + i_row)
@@ -420,7 +426,7 @@ def config(target: Target, head_dim: int, block: tuple[int, int], pv: str) -> Co
     # An output wider than high would have its columns dealt out to the warps, and a row's softmax cross them.
     tile_v = min(tile_d, (32 if tight else 64) if single else max(64, tile_m))
     num_warps = min(tile_m // 16, 4 if target.is_amd else 8)
-    stage = tile_n * tile_d * (1 + DTYPES[pv].itemsize)
+    stage = tile_n * tile_d * (1 + STORED[pv].itemsize)
     num_stages = max(1, min(3, (target.shared - tile_m * tile_d - 1024) // stage))
     return Config(tile_m, tile_n, tile_v, num_warps, num_stages, not tight)
 
@@ -475,9 +481,7 @@ def quantize(
     tile_d = _tile_d(head_dim)
     sizes: dict[str, Any] = {"D": head_dim, "TILE_D": tile_d}
     # Where all keys exist, any address will do: it is not read.
-    p_valid, s_valid = q, [0, 0]
-    if valid is not None:
-        p_valid, s_valid = valid, list(valid.expand(batch, kv_heads, -1).stride()[:2])
+    p_valid, s_valid = q if valid is None else valid, lead_strides(valid)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
@@ -501,7 +505,7 @@ def quantize(
     def rows(x: Tensor, tokens: int, is_key: bool) -> tuple[Tensor, Tensor]:
         heads, group = x.shape[1], _group(tokens)
         blocks, groups = triton.cdiv(x.shape[2], tokens), triton.cdiv(tokens, group)
-        out = empty(batch, heads, blocks, groups * group, tile_d, dtype=DTYPES[qk])
+        out = empty(batch, heads, blocks, groups * group, tile_d, dtype=STORED[qk])
         scale = empty(batch, heads, blocks, groups)
         quantize_rows_kernel[blocks * groups, batch * heads](
             *(x, mean, p_valid, out, scale, shift, *x.stride()[:3], *s_valid, heads, kv_heads, x.shape[2]),
@@ -519,7 +523,7 @@ def quantize(
 
     (q_out, q_scale), (k_out, k_scale) = rows(q, block[0], False), rows(k, block[1], True)
     group, (blocks, groups) = _group(block[1]), k_scale.shape[2:]
-    v_out = empty(batch, kv_heads, blocks, tile_d, groups * group, dtype=DTYPES[pv])
+    v_out = empty(batch, kv_heads, blocks, tile_d, groups * group, dtype=STORED[pv])
     quantize_channels_kernel[blocks * groups, batch * kv_heads](
         *(v, peak, p_valid, v_out, *v.stride()[:3], *s_valid, kv_heads, keys),
         LIMIT=LIMITS[pv],
@@ -559,25 +563,20 @@ def attention_op(
         )
     batch, heads, queries, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    shared = valid
+    q, k, v = map(unit_stride, (q, k, v))
+    shared = None
     if valid is not None:
-        valid = shared = valid.contiguous()
-        if valid.shape[1] not in (1, kv_heads):
-            shared = valid.unflatten(1, (kv_heads, -1)).any(2)
-        elif valid.shape[1] != 1:
-            valid = valid.repeat_interleave(heads // kv_heads, 1)
+        valid = valid.contiguous()
+        shared, valid = per_kv_head(valid, kv_heads), broadcast_heads(valid, heads)
     made = quantize(q, k, v, shared, block, qk=qk, pv=pv, smooth_k=smooth_k)
-    lists = [x.contiguous() for x in split(indices, counts, block[1], keys, valid)]
-    strides = [x.expand(batch, heads, *x.shape[2:]).stride()[: x.ndim - 1] for x in lists]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    lists = Lists(*(x.contiguous() for x in split(indices, counts, block[1], keys, valid)))
+    out, lse = empty_results(q)
     tiles = config(target, head_dim, (block[0], block[1]), pv)
     grid = (made.q.shape[2] * triton.cdiv(block[0], tiles.tile_m), batch * heads)
     forward_kernel[grid](
         *(*made, out, lse, *lists, counts if valid is None else valid),
-        *(s for x in strides for s in x),
-        *((0, 0) if valid is None else valid.expand(batch, heads, -1).stride()[:2]),
+        *(*lead_strides(lists.indices), lists.indices.stride(2)),
+        *(*lead_strides(lists.full), *lead_strides(lists.counts), *lead_strides(valid)),
         *(heads, kv_heads, queries, keys, made.q.shape[2], made.k.shape[2], scale),
         **_constants(target, tiles, head_dim, block, pv),
         SMOOTH=smooth_k,
@@ -590,7 +589,7 @@ def attention_op(
 
 @attention_op.register_fake
 def _(q, k, v, *rest):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return empty_results(q)
 
 
 def _constants(target: Target, tiles: Config, head_dim: int, block: Sequence[int], pv: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.ops import _check_plan, _check_tensors, _check_valid, _needs_grad
+from dit_sparse.kernels.ops import _check_plan, _check_tensors, _check_valid, _needs_grad, _scale
 from dit_sparse.plan import PackedPlan, Plan
 
 BACKENDS = ("reference", "triton")
@@ -21,6 +21,8 @@ LIMITS = {"int8": 127.0, "fp8": 448.0, "fp16": 1.0}
 # What a weight of 1 becomes. In float8 a power of two, which rounds nothing: its precision is the same at any
 # scale, and with 448 weights would vanish below 2 ** -18.8 instead of 2 ** -18.
 WEIGHT_OF_ONE = {"int8": 127.0, "fp8": 256.0, "fp16": 1.0}
+# What numbers of a kind are kept in.
+STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp16": torch.float16}
 # Peaks below this count as this, so that no scale is zero and none has an infinite inverse.
 FLOOR = 2.0**-100
 
@@ -89,10 +91,7 @@ def quantized_block_sparse_attention(
         raise ValueError(
             "quantised attention has no gradients: use torch.no_grad(), or block_sparse_attention to train"
         )
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    elif not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be a finite number above zero, got {scale}")
+    scale = _scale(q, scale)
     if isinstance(plan, PackedPlan):
         plan = plan.unpack()
     if backend == "triton" or (backend == "auto" and q.is_cuda):
@@ -100,3 +99,8 @@ def quantized_block_sparse_attention(
     else:
         from dit_sparse.kernels.quant_reference import attention
     return attention(q, k, v, plan, qk=qk, pv=pv, smooth_k=smooth_k, valid=valid, scale=scale)
+
+
+def per_kv_head(valid: Tensor, kv_heads: int) -> Tensor:
+    """Which keys exist for any of the query heads that share them: bool [B or 1, KV or 1, Sk]."""
+    return valid if valid.shape[1] in (1, kv_heads) else valid.unflatten(1, (kv_heads, -1)).any(2)

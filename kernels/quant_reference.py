@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dit_sparse.kernels.quant_ops import FLOOR, GROUP, LIMITS, WEIGHT_OF_ONE
+from dit_sparse.kernels.quant_ops import FLOOR, GROUP, LIMITS, STORED, WEIGHT_OF_ONE, per_kv_head
 from dit_sparse.plan import Plan
-
-DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp16": torch.float16}
 
 
 def quantize_rows(x: Tensor, block: int, kind: str) -> tuple[Tensor, Tensor]:
@@ -48,7 +46,7 @@ def _round(x: Tensor, peak: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def _cast(x: Tensor, kind: str) -> Tensor:
-    return (x.round() if kind == "int8" else x).to(DTYPES[kind])
+    return (x.round() if kind == "int8" else x).to(STORED[kind])
 
 
 def attention(
@@ -118,11 +116,6 @@ def _gather(x: Tensor, lists: Tensor) -> Tensor:
     """Blocks ``lists`` [B, H, W] of [B, H, K, N, ...], one after another: [B, H, M, ...]."""
     index = lists[..., None, None].expand(-1, -1, -1, *x.shape[3:])
     return x.gather(2, index).flatten(2, 3)
-
-
-def per_kv_head(valid: Tensor, kv_heads: int) -> Tensor:
-    """Which keys exist for any of the query heads that share them: bool [B or 1, KV or 1, Sk]."""
-    return valid if valid.shape[1] in (1, kv_heads) else valid.unflatten(1, (kv_heads, -1)).any(2)
 
 
 def _per_head(x: Tensor, heads: int) -> Tensor:

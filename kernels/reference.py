@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.operands import exact_dtype
 from dit_sparse.plan import Plan
 
 
@@ -47,7 +48,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`dit_sparse.kernels.block_sparse_attention`. Differentiable by autograd."""
     heads = q.shape[1]
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    exact = exact_dtype(q.dtype)
     keep = token_mask(plan, q.shape[2], k.shape[2], heads, valid, positions)
     keys, values = (_per_head(x, 1, heads).to(exact) for x in (k, v))
     scores = (q.to(exact) @ keys.transpose(-1, -2) * scale).masked_fill(~keep, float("-inf"))
@@ -84,7 +85,7 @@ def linear_attention(
 ) -> Tensor:
     """See :func:`dit_sparse.kernels.linear_attention`. Differentiable by autograd."""
     heads = q.shape[1]
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    exact = exact_dtype(q.dtype)
     queries, keys, values = (_per_head(x, 1, heads).to(exact) for x in (q, k, v))
     if weights is not None:
         queries, keys = (
@@ -142,7 +143,7 @@ def _probabilities(
 ) -> tuple[Tensor, Tensor]:
     """exp(score - lse), 0 for those that do not count, and which do: [B, H, Sq, Sk] both."""
     heads = q.shape[1]
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    exact = exact_dtype(q.dtype)
     there = lse.isfinite()[..., None].expand(-1, -1, -1, k.shape[2])
     if valid is not None:
         there = there & _per_head(valid, 1, heads)[:, :, None]

@@ -27,13 +27,13 @@ from dit_sparse.kernels.block_sparse import _rows, _weights, precision
 from dit_sparse.kernels.block_sparse_backward import (
     Tiles,
     _dq_step,
-    _lead,
     _load_rows,
     _padded,
     key_gradients,
     prepare,
 )
 from dit_sparse.kernels.lists import Columns, transpose
+from dit_sparse.kernels.operands import empty_as, empty_results, lead_strides, unit_stride
 from dit_sparse.kernels.targets import Target, Variant, target_of
 from dit_sparse.order import broadcast_heads
 
@@ -48,14 +48,6 @@ IN_CI = {("sm_80", "bf16 D128"), ("sm_90", "bf16 D128 valid"), ("sm_120", "bf16 
 # Arguments of the part kernels whose values would compile them anew, and gain nothing by it.
 PLAIN = [*(f"s_{x}{axis}" for x in "rembd" for axis in "bhq"), *"HKEW"]
 PLAIN += ["H_FIRST", "LEAD_B", "LEAD_H", "SQ", "SK", "BITS", "BK"]
-
-
-@triton.jit
-def _online_softmax(b_s, b_m, b_l, b_acc, b_v, SCALE_LOG2, PRECISION: tl.constexpr, MASKED: tl.constexpr):
-    """Fold a tile of scores [M, N] and values [N, D] into the running peak, sum and output, base two."""
-    b_p, b_decay, b_m, b_l = _weights(b_s, b_m, b_l, SCALE_LOG2, MASKED)
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision=PRECISION)
-    return b_m, b_l, b_acc
 
 
 @triton.jit
@@ -81,6 +73,48 @@ def _slots(p_row, i_k, o_q, m_q, s_rq, BQ, W, BITS):
         b_listed = tl.load(p_row + o_try, mask=m_q & (o_try < W), other=0)
         o_slot = tl.where((b_listed > 0) & (b_listed <= i_k), o_try, o_slot)
     return o_slot
+
+
+@triton.jit
+def _extent(p_even, i_k, SK, BK, TILE_N: tl.constexpr, HAS_VALID: tl.constexpr):
+    """The first token of a key block, how many it has, and how many of them fill tiles that need no mask."""
+    i_first = i_k.to(tl.int64) * BK
+    n = tl.minimum(BK, SK - i_first).to(tl.int32)
+    n_even = tl.load(p_even + i_k) if HAS_VALID else n
+    return i_first, n, n_even // TILE_N * TILE_N
+
+
+@triton.jit
+def _keys(
+    p_k,
+    p_v,
+    p_valid,
+    i,
+    n,
+    s_ks,
+    s_vs,
+    D: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_D: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Keys and values [N, D] from token ``i`` of a block of ``n``, and which count; unless MASKED all do."""
+    o_n = tl.arange(0, TILE_N)
+    o_d = tl.arange(0, TILE_D)
+    m_d = o_d < D
+    p_k += tl.cast(i, tl.int64) * s_ks + (o_n[:, None] * s_ks + o_d[None, :])
+    p_v += tl.cast(i, tl.int64) * s_vs + (o_n[:, None] * s_vs + o_d[None, :])
+    if MASKED:
+        m_n = i + o_n < n
+        m_nd = m_n[:, None] & m_d[None, :]
+        b_k = tl.load(p_k, mask=m_nd, other=0.0)
+        b_v = tl.load(p_v, mask=m_nd, other=0.0)
+        if HAS_VALID:
+            m_n = tl.load(p_valid + i + o_n, mask=m_n, other=0) != 0
+        return b_k, b_v, m_n
+    else:
+        return _load_rows(p_k, m_d, D == TILE_D), _load_rows(p_v, m_d, D == TILE_D), None
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -146,7 +180,6 @@ def part_kernel(
         return
     o_q, m_q = _queries(p_first, p_start, p_size, p_column, i_k, i_lead, K, E, SQ, BQ, TILE_M)
     o_64 = o_q.to(tl.int64)[:, None]
-    o_n = tl.arange(0, TILE_N)
     o_d = tl.arange(0, TILE_D)
     m_d = o_d < D
     m_qd = m_q[:, None] & m_d[None, :]
@@ -155,37 +188,18 @@ def part_kernel(
     b_l = tl.zeros((TILE_M,), tl.float32)
     b_acc = tl.zeros((TILE_M, TILE_D), tl.float32)
 
-    i_first = i_k.to(tl.int64) * BK
-    n = tl.minimum(BK, SK - i_first).to(tl.int32)
-    if HAS_VALID:
-        n_even = tl.load(p_even + i_b * s_eb + i_h * s_eh + i_k) // TILE_N * TILE_N
-    else:
-        n_even = n // TILE_N * TILE_N
-    p_k += i_b * s_kb + i_kv * s_kh
-    p_v += i_b * s_vb + i_kv * s_vh
-    p_valid += i_b * s_mb + i_h * s_mh
-    o_dk = o_n[None, :] * s_ks + o_d[:, None]
-    o_vd = o_n[:, None] * s_vs + o_d[None, :]
-    for i_n in range(0, n_even, TILE_N):
-        i_at = i_first + i_n
-        if TILE_D == D:
-            b_k = tl.load(p_k + i_at * s_ks + o_dk)
-            b_v = tl.load(p_v + i_at * s_vs + o_vd)
-        else:
-            b_k = tl.load(p_k + i_at * s_ks + o_dk, mask=m_d[:, None], other=0.0)
-            b_v = tl.load(p_v + i_at * s_vs + o_vd, mask=m_d[None, :], other=0.0)
-        b_s = tl.dot(b_q, b_k, input_precision=PRECISION)
-        b_m, b_l, b_acc = _online_softmax(b_s, b_m, b_l, b_acc, b_v, SCALE_LOG2, PRECISION, False)
-    for i_n in range(n_even, n, TILE_N):
-        i_at = i_first + i_n
-        m_n = i_n + o_n < n
-        b_k = tl.load(p_k + i_at * s_ks + o_dk, mask=m_n[None, :] & m_d[:, None], other=0.0)
-        b_v = tl.load(p_v + i_at * s_vs + o_vd, mask=m_n[:, None] & m_d[None, :], other=0.0)
-        b_s = tl.dot(b_q, b_k, input_precision=PRECISION)
-        if HAS_VALID:
-            m_n = tl.load(p_valid + i_at + o_n, mask=m_n, other=0) != 0
-        b_s = tl.where(m_n[None, :], b_s, -float("inf"))
-        b_m, b_l, b_acc = _online_softmax(b_s, b_m, b_l, b_acc, b_v, SCALE_LOG2, PRECISION, True)
+    i_first, n, n_even = _extent(p_even + i_b * s_eb + i_h * s_eh, i_k, SK, BK, TILE_N, HAS_VALID)
+    p_k += i_b * s_kb + i_kv * s_kh + i_first * s_ks
+    p_v += i_b * s_vb + i_kv * s_vh + i_first * s_vs
+    p_valid += i_b * s_mb + i_h * s_mh + i_first
+    for MASKED in tl.static_range(2):
+        for i in range(n_even if MASKED else 0, n if MASKED else n_even, TILE_N):
+            b_k, b_v, m_n = _keys(p_k, p_v, p_valid, i, n, s_ks, s_vs, D, TILE_N, TILE_D, HAS_VALID, MASKED)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+            if MASKED:
+                b_s = tl.where(m_n[None, :], b_s, -float("inf"))
+            b_p, b_decay, b_m, b_l = _weights(b_s, b_m, b_l, SCALE_LOG2, MASKED)
+            b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision=PRECISION)
 
     m_some = b_l > 0
     b_sum = tl.where(m_some, b_l, 1.0)
@@ -324,7 +338,6 @@ def part_dq_kernel(
         return
     o_q, m_q = _queries(p_first, p_start, p_size, p_column, i_k, i_lead, K, E, SQ, BQ, TILE_M)
     o_64 = o_q.to(tl.int64)[:, None]
-    o_n = tl.arange(0, TILE_N)
     o_d = tl.arange(0, TILE_D)
     m_d = o_d < D
     m_qd = m_q[:, None] & m_d[None, :]
@@ -334,38 +347,21 @@ def part_dq_kernel(
     b_delta = tl.load(p_delta + i_b * s_db + i_h * s_dh + o_q, mask=m_q, other=0.0)
     b_dq = tl.zeros((TILE_M, TILE_D), tl.float32)
 
-    i_first = i_k.to(tl.int64) * BK
-    n = tl.minimum(BK, SK - i_first).to(tl.int32)
-    if HAS_VALID:
-        n_even = tl.load(p_even + i_b * s_eb + i_h * s_eh + i_k) // TILE_N * TILE_N
-    else:
-        n_even = n // TILE_N * TILE_N
-    p_k += i_b * s_kb + i_kv * s_kh
-    p_v += i_b * s_vb + i_kv * s_vh
-    p_valid += i_b * s_mb + i_h * s_mh
-    o_kd = o_n[:, None] * s_ks + o_d[None, :]
-    o_vd = o_n[:, None] * s_vs + o_d[None, :]
-    for i_n in range(0, n_even, TILE_N):
-        i_at = i_first + i_n
-        b_k = _load_rows(p_k + i_at * s_ks + o_kd, m_d, D == TILE_D)
-        b_v = _load_rows(p_v + i_at * s_vs + o_vd, m_d, D == TILE_D)
-        b_dq = _dq_step(b_q, b_k, b_v, b_grad, b_base, b_delta, b_dq, None, SCALE_LOG2, PRECISION)
-    for i_n in range(n_even, n, TILE_N):
-        i_at = i_first + i_n
-        m_n = i_n + o_n < n
-        m_nd = m_n[:, None] & m_d[None, :]
-        b_k = tl.load(p_k + i_at * s_ks + o_kd, mask=m_nd, other=0.0)
-        b_v = tl.load(p_v + i_at * s_vs + o_vd, mask=m_nd, other=0.0)
-        if HAS_VALID:
-            m_n = tl.load(p_valid + i_at + o_n, mask=m_n, other=0) != 0
-        b_dq = _dq_step(b_q, b_k, b_v, b_grad, b_base, b_delta, b_dq, m_n, SCALE_LOG2, PRECISION)
+    i_first, n, n_even = _extent(p_even + i_b * s_eb + i_h * s_eh, i_k, SK, BK, TILE_N, HAS_VALID)
+    p_k += i_b * s_kb + i_kv * s_kh + i_first * s_ks
+    p_v += i_b * s_vb + i_kv * s_vh + i_first * s_vs
+    p_valid += i_b * s_mb + i_h * s_mh + i_first
+    for MASKED in tl.static_range(2):
+        for i in range(n_even if MASKED else 0, n if MASKED else n_even, TILE_N):
+            b_k, b_v, m_n = _keys(p_k, p_v, p_valid, i, n, s_ks, s_vs, D, TILE_N, TILE_D, HAS_VALID, MASKED)
+            b_dq = _dq_step(b_q, b_k, b_v, b_grad, b_base, b_delta, b_dq, m_n, SCALE_LOG2, PRECISION)
 
     o_slot = _slots(p_row + i_b * s_rb + i_h * s_rh, i_k, o_q, m_q, s_rq, BQ, W, BITS)
     o_part = (i_bh * SQ + o_q) * W + o_slot
     tl.store(p_part + o_part[:, None] * D + o_d[None, :], b_dq.to(p_part.dtype.element_ty), mask=m_qd)
 
 
-@triton.jit(do_not_specialize=["s_cb", "s_ch", "s_yb", "s_yh", "H", "SQ", "W"])
+@triton.jit(do_not_specialize=["s_cb", "s_ch", "H", "SQ", "W"])
 def sum_kernel(
     p_part,
     p_count,
@@ -422,7 +418,7 @@ TILES = {
     "sm_80": _SM_80,
     "sm_89": _SM_89,
     "sm_90": _SM_90,
-    "sm_100": _SM_90 | {64: (Tiles(128, 64, 4, 3), Tiles(128, 64, 4, 3))},
+    "sm_100": _SM_90 | {64: (Tiles(128, 64, 4, 2), Tiles(128, 64, 8, 3))},
     "sm_120": _SM_89,
     "gfx942": {
         64: (Tiles(128, 64, 4, 3), Tiles(128, 32, 4, 3)),
@@ -485,7 +481,7 @@ def _problem(
         valid = broadcast_heads(valid, q.shape[1]).int().contiguous()
         padded = torch.nn.functional.pad(valid, (0, -valid.shape[-1] % block[1]))
         even = padded.unflatten(-1, (-1, block[1])).cumprod(-1, dtype=torch.int32).sum(-1, dtype=torch.int32)
-    indices, counts = (x if x.stride(-1) == 1 else x.contiguous() for x in (indices, counts))
+    indices, counts = unit_stride(indices), unit_stride(counts)
     q, k, v = (_rows(x) for x in (q, k, v))
     return _Problem(q, k, v, indices, counts, valid, even, block, scale, q.shape[1] // k.shape[1], 0, cut)
 
@@ -562,10 +558,10 @@ def _launch_parts(kernel: Any, own: tuple[Any, ...], x: _Problem) -> None:
         *x.q.stride()[:3],
         *x.k.stride()[:3],
         *x.v.stride()[:3],
-        *_lead(x.indices),
+        *lead_strides(x.indices),
         x.indices.stride(2),
-        *_lead(x.even),
-        *_lead(x.valid),
+        *lead_strides(x.even),
+        *lead_strides(x.valid),
         heads,
         x.first_head,
         x.group,
@@ -601,7 +597,7 @@ def _forward_round(x: _Problem, out: Tensor, lse: Tensor) -> None:
         x.counts,
         out,
         lse,
-        *_lead(x.counts),
+        *lead_strides(x.counts),
         *out.stride()[:2],
         *lse.stride()[:2],
         heads,
@@ -624,7 +620,7 @@ def _dq_round(x: _Problem, grad_out: Tensor, base: Tensor, delta: Tensor, dq: Te
         part,
         x.counts,
         dq,
-        *_lead(x.counts),
+        *lead_strides(x.counts),
         *dq.stride()[:2],
         heads,
         queries,
@@ -649,8 +645,7 @@ def _attention(
     valid: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    out, lse = empty_results(q)
     cut, _ = tiles(target_of(q.device), q.shape[3], q.element_size(), block_k)
     with torch.cuda.device_of(q):
         x = _problem(q, k, v, indices, counts, (block_q, block_k), valid, scale, cut)
@@ -660,9 +655,8 @@ def _attention(
 
 
 @_attention.register_fake
-def _(q, k, v, indices, counts, block_q, block_k, valid, scale):
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+def _(q, *rest):
+    return empty_results(q)
 
 
 @torch.library.custom_op("dit_sparse::routed_attention_triton_backward", mutates_args=())
@@ -681,7 +675,7 @@ def _backward(
     valid: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    (dq,) = empty_as(q)
     _, cut = tiles(target_of(q.device), q.shape[3], q.element_size(), block_k)
     with torch.cuda.device_of(q):
         x = _problem(q, k, v, indices, counts, (block_q, block_k), valid, scale, cut)
@@ -695,9 +689,8 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad_out, grad_lse, q, k, v, out, lse, indices, counts, block_q, block_k, valid, scale):
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    return dq, dk, dv
+def _(grad_out, grad_lse, q, k, v, *rest):
+    return empty_as(q, k, v)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -12,7 +12,7 @@ import torch
 from interpreter import INTERPRETED, run_under_interpreter
 
 from dit_sparse.kernels import block_mass, block_sparse_attention, block_statistics, pooled_scores
-from dit_sparse.kernels.ops import PROBES, resolve_probe
+from dit_sparse.kernels.mass_ops import BACKENDS, resolve_probe
 from dit_sparse.plan import Plan, blocks_of, pool
 
 GPU = [
@@ -261,7 +261,7 @@ def test_resolve_probe():
     for device, backend in (("cpu", "cpu"), ("cuda:1", "triton"), ("mps", "reference")):
         name, why = resolve_probe(device)
         assert name == backend
-        assert name in PROBES
+        assert name in BACKENDS
         assert why
 
 
@@ -286,7 +286,7 @@ def test_opcheck(backend, device):
     names = (f"block_mass_{backend}", f"block_statistics_{backend}")
     for name, rest in zip(names, ((), (SMALL,)), strict=True):
         for there in (None, valid):
-            torch.library.opcheck(getattr(ops, name).default, (q, k, lse, there, 12, 5, 0.3, *rest))
+            torch.library.opcheck(getattr(ops, name).default, (q, k, lse, there, [12, 5], 0.3, *rest))
     if backend == "triton":
         torch.library.opcheck(ops.block_means_triton.default, (k, valid, 7, torch.float32))
 

@@ -69,6 +69,13 @@ def test_without_a_compiler_gathered_blocks_serve_and_say_so(tmp_path):
     assert "use 'gathered'" in printed
 
 
+def test_a_rule_compiles_nothing(monkeypatch):
+    monkeypatch.setattr(build, "compiled", lambda: pytest.fail("compiled kernels that cannot serve"))
+    name, why = resolve_backend("cpu", rule=lambda q, k: q == k)
+    assert name == "gathered"
+    assert "rule" in why
+
+
 def test_a_compiler_that_fails_is_quoted(tmp_path):
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho 'error: out of patience' >&2\nexit 1\n")

@@ -24,7 +24,7 @@ from dit_sparse.kernels import (
     quant_reference,
     quantized_block_sparse_attention,
 )
-from dit_sparse.kernels.quant_ops import LIMITS, PV, QK, WEIGHT_OF_ONE
+from dit_sparse.kernels.quant_ops import LIMITS, PV, QK, STORED, WEIGHT_OF_ONE, per_kv_head
 from dit_sparse.kernels.targets import TARGETS
 from dit_sparse.plan import Plan
 
@@ -138,9 +138,7 @@ def dequantized(case, q, k, v, valid, qk, pv):
         peak = x.abs().max().item() if x.numel() else 0.0
         unit = peak / LIMITS[kind] or 1.0
         scaled = x / unit
-        return (
-            scaled.round() if kind == "int8" else scaled.float().to(quant_reference.DTYPES[kind]).double()
-        ) * unit
+        return (scaled.round() if kind == "int8" else scaled.float().to(STORED[kind]).double()) * unit
 
     for b, h in itertools.product(range(case.batch), range(case.kv_heads)):
         some = there[b, h]
@@ -378,7 +376,7 @@ def test_triton_quantises_as_the_reference(case, kind, device, poisoned):
     from dit_sparse.kernels import quant
 
     q, k, v, _, valid = make(case, device=device)
-    there = None if valid is None else quant_reference.per_kv_head(valid, case.kv_heads)
+    there = None if valid is None else per_kv_head(valid, case.kv_heads)
     made = quant.quantize(q, k, v, there, case.block, qk=kind, pv=kind, smooth_k=False)
     keys, values = (
         x.float() if there is None else x.float().masked_fill(~there[..., None], 0) for x in (k, v)

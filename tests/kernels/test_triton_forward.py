@@ -6,6 +6,7 @@ The kernel itself is tested in a process under TRITON_INTERPRET=1: ``test_under_
 import json
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -185,12 +186,12 @@ def test_schedule_has_each_row_once_longest_first(batch, heads):
 @pytest.mark.parametrize("target", TARGETS.values(), ids=str)
 def test_parts_hold_every_column_once(target):
     for head_dim in range(1, 257):
-        for queries in (16, 64, 128):
-            widths = [width for _, _, width in parts(target, head_dim, queries)]
-            assert [part[:2] for part in parts(target, head_dim, queries)] == [
-                (i, sum(widths[:i])) for i in range(len(widths))
-            ]
-            assert head_dim <= sum(widths) < max(17, head_dim * 4 / 3 + 16)
+        for itemsize, queries in product((2, 4), (16, 64, 128)):
+            cut = parts(target, head_dim, itemsize, queries)
+            widths = [width for _, _, width in cut]
+            assert [part[:2] for part in cut] == [(i, sum(widths[:i])) for i in range(len(widths))]
+            waste = head_dim if itemsize == 4 else head_dim / 3 + 16
+            assert head_dim <= sum(widths) < max(17, head_dim + waste)
             assert all(width >= 16 and width & (width - 1) == 0 for width in widths)
 
 

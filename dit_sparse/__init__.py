@@ -20,21 +20,60 @@ _HOME = {
     "Phase": "schedule",
     "SparseProcessor": "method",
     "Call": "method",
+    "Calibration": "calibration",
+    "calibrate": "calibration",
     "Report": "report",
     "METHODS": "processors",
+    "AdaSpaProcessor": "processors",
+    "BladeProcessor": "processors",
     "DenseProcessor": "processors",
+    "DraftProcessor": "processors",
+    "EfficientVDiTProcessor": "processors",
+    "LinVideoProcessor": "processors",
+    "NeighborhoodProcessor": "processors",
+    "PAROProcessor": "processors",
     "RadialProcessor": "processors",
+    "RandomProcessor": "processors",
+    "ReTtentionProcessor": "processors",
+    "SLAProcessor": "processors",
+    "SlidingTileProcessor": "processors",
+    "SparseDProcessor": "processors",
+    "SparseVDiTProcessor": "processors",
+    "VMoBAProcessor": "processors",
+    "VSAProcessor": "processors",
+    "WindowProcessor": "processors",
 }
 
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
     from dit_sparse.attach import Session, apply, session
+    from dit_sparse.calibration import Calibration, calibrate
     from dit_sparse.layout import TokenLayout
     from dit_sparse.method import Call, SparseProcessor
     from dit_sparse.order import Order
     from dit_sparse.plan import Plan
-    from dit_sparse.processors import METHODS, DenseProcessor, RadialProcessor
+    from dit_sparse.processors import (
+        METHODS,
+        AdaSpaProcessor,
+        BladeProcessor,
+        DenseProcessor,
+        DraftProcessor,
+        EfficientVDiTProcessor,
+        LinVideoProcessor,
+        NeighborhoodProcessor,
+        PAROProcessor,
+        RadialProcessor,
+        RandomProcessor,
+        ReTtentionProcessor,
+        SLAProcessor,
+        SlidingTileProcessor,
+        SparseDProcessor,
+        SparseVDiTProcessor,
+        VMoBAProcessor,
+        VSAProcessor,
+        WindowProcessor,
+    )
     from dit_sparse.report import Report
     from dit_sparse.schedule import Phase, Schedule
 

@@ -131,11 +131,22 @@ class Session(Router):
 
     def sparse_modules(self) -> dict[str, nn.Module]:
         """The methods' trainable parts by ``transformer/layer path``."""
+        return {name: at.module.sparse_branch for name, at in self._trainable().items()}  # type: ignore[misc]
+
+    def _trainable(self) -> dict[str, Attachment]:
         return {
-            f"{part.name}/{at.layer.name}": at.module.sparse_branch  # type: ignore[misc]
+            f"{part.name}/{at.layer.name}": at
             for part in self.parts
             for at in part.layers
             if "sparse_branch" in at.module._modules
+        }
+
+    def _trained_as(self) -> dict[str, dict[str, Any]]:
+        """What the trainable parts belong to, as JSON has it: method and what it must be trained with."""
+        methods = {name: at.method for name, at in self._trainable().items()}
+        return {
+            name: {"method": type(m).__name__, **{p: getattr(m, p) for p in m.trained_with}}
+            for name, m in methods.items()
         }
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
@@ -148,7 +159,7 @@ class Session(Router):
         state = {
             f"{n}.{k}": v.contiguous().cpu() for n, m in modules.items() for k, v in m.state_dict().items()
         }
-        config = {"format": 1, "method": repr(self.method), "modules": sorted(modules)}
+        config = {"format": 1, "method": repr(self.method), "modules": self._trained_as()}
         save_file(state, folder / "sparse_modules.safetensors.part")
         (folder / "sparse_config.json.part").write_text(json.dumps(config, indent=1))
         for name in ("sparse_modules.safetensors", "sparse_config.json"):
@@ -158,16 +169,30 @@ class Session(Router):
         """Read what :meth:`save_pretrained` wrote.
 
         Raises:
-            ValueError: Keys are missing or unexpected; nothing is loaded then.
+            ValueError: Keys are missing or unexpected, shapes differ, or the parts were trained as something
+                else; nothing is loaded then.
         """
         state = load_file(Path(directory) / "sparse_modules.safetensors")
+        saved_as = json.loads((Path(directory) / "sparse_config.json").read_text())["modules"]
         modules = self.sparse_modules()
-        wanted = {f"{n}.{k}" for n, m in modules.items() for k in m.state_dict()}
-        if wanted != set(state):
-            missing, unexpected = sorted(wanted - set(state)), sorted(set(state) - wanted)
+        wanted = {f"{n}.{k}": v for n, m in modules.items() for k, v in m.state_dict().items()}
+        if set(wanted) != set(state):
+            missing, unexpected = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
             raise ValueError(
                 f"{directory} does not fit {self.method!r}: missing {missing}, unexpected {unexpected}"
             )
+        for name, value in wanted.items():
+            if value.shape != state[name].shape:
+                raise ValueError(
+                    f"{directory} does not fit {self.method!r}: {name} has the shape "
+                    f"{tuple(state[name].shape)}, expected {tuple(value.shape)}"
+                )
+        for name, own in self._trained_as().items():
+            if saved_as.get(name) != own:
+                raise ValueError(
+                    f"{directory} does not fit {self.method!r}: {name} was trained as {saved_as.get(name)}, "
+                    f"expected {own}"
+                )
         for name, module in modules.items():
             own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
             module.load_state_dict(own)
@@ -255,12 +280,12 @@ class Session(Router):
             self._grid = grid
             self._look_for_drift()
             if self._untrained and not torch.is_grad_enabled():
-                self._untrained = False
                 warnings.warn(
                     f"{self.method!r} runs with untrained parameters, unlike its paper: train them, or load "
                     "trained ones with session.load_pretrained(directory)",
                     stacklevel=2,
                 )
+            self._untrained = False  # warned of, or being trained
         if tick.first or tick.step is None:
             # Without a clock nothing tells one run from the next, so nothing is remembered between forwards.
             self._memory.clear()

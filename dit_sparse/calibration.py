@@ -1,6 +1,7 @@
 """Calibration: what a method found out offline about one model at one token grid, and the file of it.
 
-    dit-sparse calibrate --model wan2.1 --method sparse_vdit --output wan2.1-480p.json
+    dit-sparse calibrate --method sparse_vdit --output tiny-wan.json
+    dit-sparse generate --method sparse_vdit --param calibration=tiny-wan.json
 
 A method's search watches a few dense runs, layer by layer, on the q, k and v of each call. What it decides is
 one JSON object per layer; masks go into a safetensors file beside.
@@ -10,9 +11,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 
 from dit_sparse.method import Call, SparseProcessor
 from dit_sparse.order import Order
+from dit_sparse.schedule import Schedule
 
 FORMAT = 1
 
@@ -40,6 +44,7 @@ class Calibration:
         settings: The search's parameters.
         layers: ``"transformer/blocks.0.attn1"`` -> what was decided for the layer, JSON values.
         tensors: ``"transformer/blocks.0.attn1/mask"`` -> what does not fit into JSON.
+        schedule: Which steps of the runs were looked at.
     """
 
     method: str
@@ -53,6 +58,7 @@ class Calibration:
     settings: dict[str, Any]
     layers: dict[str, dict[str, Any]]
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    schedule: str = "always"
 
     def __repr__(self) -> str:
         return f"Calibration({self.method!r}, {self.source!r}, grid={self.grid}, layers={len(self.layers)})"
@@ -88,32 +94,23 @@ class Calibration:
             content = json.loads(path.read_text())
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no readable calibration: {error}") from error
-        kinds: dict[str, Any] = {
-            "format": int, "method": str, "models": dict, "source": str, "grid": list, "heads": int,
-            "steps": int, "prompts": list, "seeds": list, "settings": dict, "layers": dict,
-            "tensors": dict | None,
-        }  # fmt: skip
-        if not isinstance(content, dict) or set(content) != set(kinds):
-            got = sorted(content) if isinstance(content, dict) else type(content).__name__
-            raise ValueError(f"{path} is no calibration: expected the keys {sorted(kinds)}, got {got}")
+        if not isinstance(content, dict) or "format" not in content:
+            raise ValueError(f"{path} is no calibration: it has no format")
         if content["format"] != FORMAT:
             raise ValueError(
                 f"{path} is of calibration format {content['format']!r}, expected {FORMAT}: calibrate again"
             )
-        for key, kind in kinds.items():
-            if not isinstance(content[key], kind):
-                raise ValueError(f"{path}: {key} must be a {kind}, got {content[key]!r}")
-        grid = content["grid"]
-        if len(grid) != 3 or not all(type(n) is int and n > 0 for n in grid):
-            raise ValueError(f"{path}: grid must be three sizes (frames, height, width), got {grid}")
+        schema = json.loads(files("dit_sparse").joinpath("calibration.schema.json").read_text())
+        if wrong := _mismatch(content, schema):
+            raise ValueError(f"{path} is no calibration: {wrong}")
         tensors = {}
         if about := content["tensors"]:
-            beside = path.with_name(Path(str(about.get("file"))).name)
+            beside = path.with_name(about["file"])
             try:
                 blob = beside.read_bytes()
             except OSError as error:
                 raise ValueError(f"{path} needs {beside.name} beside it: {error}") from error
-            if sha256(blob).hexdigest() != about.get("sha256"):
+            if sha256(blob).hexdigest() != about["sha256"]:
                 raise ValueError(f"{beside} is not the file that {path} was saved with")
             tensors = load(blob)
         del content["format"], content["tensors"]
@@ -128,13 +125,17 @@ class Calibration:
                 f"({', '.join(self.models.values())}), got {fingerprint(model)}: calibrate this model"
             )
 
-    def layer(self, call: Call) -> dict[str, Any]:
-        """What was decided for the layer of a call. ValueError where the call does not fit."""
-        if call.layout.grid != self.grid:
+    def check_grid(self, grid: tuple[int, int, int]) -> None:
+        """ValueError unless this calibration was made at this token grid."""
+        if grid != self.grid:
             raise ValueError(
                 f"the {self.method} calibration of {self.source} is for the token grid {self.grid}, "
-                f"got {call.layout.grid}: calibrate at this size"
+                f"got {grid}: calibrate at this size"
             )
+
+    def layer(self, call: Call) -> dict[str, Any]:
+        """What was decided for the layer of a call. ValueError where the call does not fit."""
+        self.check_grid(call.layout.grid)
         if call.heads != self.heads or layer_key(call) not in self.layers:
             raise ValueError(
                 f"the {self.method} calibration of {self.source} has {self.heads} heads in "
@@ -155,6 +156,90 @@ def fingerprint(model: Any) -> str:
     return f"{type(model).__name__}:{sha256(text.encode()).hexdigest()[:12]}"
 
 
+def under(order: Order | None, call: Call, *tensors: Tensor) -> tuple[Call, list[Tensor]]:
+    """The same call with its tokens in another order, and tensors [B, H, S', D] of its order in that one."""
+    assert order is not None
+    assert call.order is not None
+    there = order.to(tensors[0].device)
+    return call.at(order=there), [there.apply(call.order.undo(x)) for x in tensors]
+
+
+def error(out: Tensor, dense: Tensor, metric: str) -> Tensor:
+    """What each head loses by computing ``out`` [B, H, S, D] instead of ``dense``: float32 [B, H].
+
+    Args:
+        metric: "mse", the mean squared error; or "relative", the same over the mean square of the whole dense
+            output, so that a threshold fits any model and the errors of heads add up.
+    """
+    lost = (out.float() - dense.float()).square().mean((2, 3))
+    if metric == "mse":
+        return lost
+    return lost / dense.float().square().mean((1, 2, 3))[:, None].clamp(min=torch.finfo(lost.dtype).tiny)
+
+
+METRICS = ("relative", "mse")
+
+
+def within(errors: Tensor, costs: Tensor, budget: float) -> Tensor:
+    """One option for each item, such that the mean cost keeps to ``budget`` and errors add up to little.
+
+    Every item takes its least error + weight * cost, with the smallest weight that keeps to the budget, found
+    by bisection: no choice that costs no more has a smaller sum of errors.
+
+    Args:
+        errors: [..., items, options].
+        costs: [options].
+
+    Returns:
+        int64 [..., items]; the cheapest options where even those cost more.
+    """
+    errors, costs = errors.double(), costs.double()
+    scale = errors.amax((-2, -1)).clamp(min=torch.finfo(errors.dtype).tiny)
+    low, high = torch.zeros_like(scale), 1e9 * scale
+
+    def chosen(weight: Tensor) -> Tensor:
+        return (errors + weight[..., None, None] * costs).argmin(-1)
+
+    for _ in range(100):
+        middle = (low + high) / 2
+        fits = costs[chosen(middle)].mean(-1) <= budget * (1 + 1e-9)
+        low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
+    return chosen(high)
+
+
+def _mismatch(value: Any, schema: Mapping[str, Any], at: str = "$") -> str | None:
+    """Where and how a value breaks a JSON Schema, of which it knows the words our schema is written in."""
+    kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    kind = next((k for k in kinds if isinstance(value, _KINDS[k]) and not isinstance(value, bool)), None)
+    if kind is None:
+        return f"{at} must be {' or '.join(kinds)}, got {value!r:.60}"
+    if kind == "object":
+        known, rest = schema.get("properties", {}), schema["additionalProperties"]
+        for name in schema.get("required", ()):
+            if name not in value:
+                return f"{at} lacks {name}"
+        for name in value:
+            if rest is False and name not in known:
+                return f"{at} has the unknown entry {name}"
+        parts = [(f"{at}.{n}", v, known.get(n, rest)) for n, v in value.items()]
+    elif kind == "array":
+        least, most = schema.get("minItems", 0), schema.get("maxItems", len(value))
+        if not least <= len(value) <= most:
+            return f"{at} must have {least} to {most} items, got {len(value)}"
+        parts = [(f"{at}[{i}]", v, schema["items"]) for i, v in enumerate(value)]
+    else:
+        if kind == "integer" and value < schema.get("minimum", value):
+            return f"{at} must be at least {schema['minimum']}, got {value}"
+        if "pattern" in schema and not re.search(schema["pattern"], value):
+            return f"{at} must match {schema['pattern']}, got {value!r:.60}"
+        return None
+    found = (_mismatch(part, inner, where) for where, part, inner in parts if inner is not True)
+    return next((wrong for wrong in found if wrong), None)
+
+
+_KINDS: dict[str, type] = {"object": dict, "array": list, "string": str, "integer": int, "null": type(None)}
+
+
 def _write(path: Path, content: bytes) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(content)
@@ -168,7 +253,7 @@ class Search(Protocol):
         """One call: q, k, v and dense out [B, H, S, D] in raster order, [grid, rest]; lse [B, H, S]."""
 
     def result(self) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-        """(``layers``, ``tensors``) of the :class:`Calibration`."""
+        """(``layers``, ``tensors``) of the :class:`Calibration`; a layer may tell its ``"density"``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +266,8 @@ class CalibratedProcessor(SparseProcessor):
 
     calibrates: ClassVar[str]
     """The method's name in ``METHODS``."""
+    searched: ClassVar[tuple[str, ...]] = ()
+    """Parameters that went into the search: with a calibration they are the file's."""
 
     calibration: Calibration | str | os.PathLike[str] | None = None
 
@@ -192,6 +279,16 @@ class CalibratedProcessor(SparseProcessor):
             object.__setattr__(self, "calibration", found)
         if found is not None and found.method != self.calibrates:
             raise ValueError(f"{type(self).__name__} needs a calibration of {self.calibrates}, got {found!r}")
+        for f in fields(self):
+            if found is None or f.name not in self.searched:
+                continue
+            given, made = getattr(self, f.name), found.settings.get(f.name, f.default)
+            if given not in (f.default, made):
+                raise ValueError(
+                    f"{f.name}={given!r} does not fit a calibration that was made with "
+                    f"{f.name}={made!r}: leave it out, or calibrate again"
+                )
+            object.__setattr__(self, f.name, made)
 
     @property
     def calibrated(self) -> Calibration | None:
@@ -237,6 +334,7 @@ def calibrate(
     seeds: Sequence[int] | None = None,
     source: str = "",
     settings: Mapping[str, Any] | None = None,
+    schedule: Schedule | str = "always",
 ) -> Calibration:
     """Generate from each prompt with the model's own attention, and let the method search meanwhile.
 
@@ -246,6 +344,7 @@ def calibrate(
         seeds: One per prompt; default 0, 1, ...
         source: The model's name, for the file.
         settings: Keywords of the pipeline's call (steps, size, guidance).
+        schedule: When the method will run: steps that stay dense are not looked at.
     """
     from dit_sparse.attach import apply
 
@@ -253,7 +352,8 @@ def calibrate(
     if not prompts or len(seeds) != len(prompts):
         raise ValueError(f"expected prompts and as many seeds, got {len(prompts)} and {len(seeds)}")
     observer = _Observer(search=method.search())
-    with torch.no_grad(), apply(pipe, observer, schedule="always") as session:
+    schedule = replace(Schedule.parse(schedule), layers=(), refresh=())
+    with torch.no_grad(), apply(pipe, observer, schedule=schedule) as session:
         session.full_plan_is_dense = False
         models = {part.name: fingerprint(part.model) for part in session.parts}
         for prompt, seed in zip(prompts, seeds, strict=True):
@@ -276,4 +376,5 @@ def calibrate(
         settings=parameters,
         layers=layers,
         tensors=tensors,
+        schedule=str(schedule),
     )

@@ -1,11 +1,12 @@
-"""The command line: ``dit-sparse generate``, ``methods``, ``models`` and ``bench kernels``.
+"""The command line: ``dit-sparse generate``, ``calibrate``, ``methods``, ``models`` and ``bench kernels``.
 
     dit-sparse generate --prompt "a red circle moving left on a gray background" --compare-dense
     dit-sparse generate --model wan2.1 --offload model --prompt "a cat runs" --output cat.mp4
+    dit-sparse calibrate --method sparse_vdit --output calibration.json
     dit-sparse bench kernels --shape tiny-wan --density 0.25
 
-What is done is in ``generate.py`` and ``kernels/bench.py``; here are the flags, and what becomes of errors:
-one line and exit code 2.
+What is done is in ``generate.py``, ``search.py`` and ``kernels/bench.py``; here are the flags, and what
+becomes of errors: one line and exit code 2.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import typer
 
 from dit_sparse.generate import Request, flat, say
 from dit_sparse.generate import generate as make
+from dit_sparse.search import calibrate as search
 
 app = typer.Typer(
     help="Sparse attention for diffusion transformers: generate videos, and see what really ran.",
@@ -97,6 +99,55 @@ def generate(
     asked = dict(locals())
     with _plainly("stopped; nothing was written"):
         make(Request(**asked))
+
+
+@app.command()
+def calibrate(
+    method: Annotated[str, typer.Option(help="sparse_vdit, efficient_vdit or paro.")],
+    output: Annotated[
+        Path, typer.Option(help="A .json; a .safetensors goes beside it where masks are needed.")
+    ],
+    model: Annotated[str, typer.Option(help="Name (`dit-sparse models`), Hub id or folder.")] = "tiny-wan",
+    prompt: Annotated[list[str] | None, typer.Option(help="What a video shows; may be given again.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="More prompts, one a line.")] = None,
+    prompts: Annotated[
+        int | None, typer.Option(help="How many of them. Default: all, or 4 of tiny-wan's own.")
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="First frame (image to video) or reference image (VACE).")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="quality, balanced (default) or fast.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="When the method will run: other steps are not looked at.")
+    ] = None,
+    param: Annotated[
+        list[str] | None, typer.Option(help="Parameter of the method, NAME=VALUE; may be given again.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels. Default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels. Default: the model's.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Default: the model's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
+    flow_shift: Annotated[float | None, typer.Option(help="Of the scheduler. Default: the model's.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first prompt; the next one has the next seed.")] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="auto (bfloat16 on CUDA, else float32), bfloat16, float16 or float32.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    offload: Annotated[
+        str,
+        typer.Option(help="none, model, sequential or group: keep weights in CPU memory until used."),
+    ] = "none",
+) -> None:
+    """Search a method's modes, frames or masks on a model's own runs, for one size.
+
+    The file serves later runs of the same model at the same size.
+    """
+    asked = dict(locals())
+    given = {"prompts": asked.pop("prompt") or (), "prompt_file": asked.pop("prompt_file")}
+    count = asked.pop("prompts")
+    with _plainly("stopped; nothing was written"):
+        search(Request(**asked), **given, count=count)
 
 
 @app.command()

@@ -116,7 +116,9 @@ class Redirected:
         run = _eager
         if torch.compiler.is_compiling():
             tensors_only = attn_mask is None or isinstance(attn_mask, Tensor)
-            if tensors_only and not self._leaves_graph and not _needs_grad(query, key, value):
+            branch = attn._modules.get("sparse_branch")
+            trained = () if branch is None else branch.parameters()
+            if tensors_only and not self._leaves_graph and not _needs_grad(query, key, value, *trained):
                 q, k, v = (_heads_first(x, kind) for x in (query, key, value))
                 flags = [kind == DISPATCH, enable_gqa, is_causal, extra.get("parallel_config") is not None]
                 out = torch.ops.dit_sparse.core(q, k, v, attn_mask, self._handle, scale, dropout_p, flags)

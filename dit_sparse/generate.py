@@ -21,6 +21,7 @@ from dit_sparse.request import (
     Choice,
     Request,
     check_flags,
+    check_outputs,
     choice_of,
     device_of,
     flat,
@@ -55,6 +56,7 @@ def generate(asked: Request) -> None:
     from dit_sparse.pipelines.load import TINY, find
 
     check_flags(asked)
+    check_outputs(asked)
     device = device_of(asked)
     source = find(asked.model)
     if asked.prompt is None and asked.model != TINY:

@@ -37,6 +37,17 @@ class Layer:
     """Channels of the hidden states it projects q, k and v from."""
 
 
+class ZeroLinear(nn.Linear):
+    """A projection that starts as zero, so that what it projects adds nothing; in the dtype of its input."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """One attention call: where it stands in the run and what it may remember.
@@ -79,7 +90,7 @@ class Call:
     hidden: Tensor | None = None
     backend: str = "auto"
     order: Order | None = None
-    on_run: Callable[[Plan, Callable[[], Tensor], Call], str] | None = None
+    on_run: Callable[..., str] | None = None
     plan_cache: Callable[[SparseProcessor, Callable[[], Plan], Call], Plan] | None = None
 
     @classmethod
@@ -172,7 +183,7 @@ class Call:
         if self.lse is None:
             return None
         order = self._order()
-        here = broadcast_heads((order.index >= 0)[None], self.lse.shape[1])
+        here = broadcast_heads(order.valid(), self.lse.shape[1])
         return order.apply(self.lse[..., None])[..., 0].masked_fill(~here, -torch.inf)
 
     def pairs(self, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -184,11 +195,18 @@ class Call:
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """Execute a plan on ordered q, k, v: (out [B, H, S', D], lse float32 [B, H, S']), and report it."""
-        order = self._order()
-        everything = self.valid is None and order.slots == order.tokens
-        valid = None if everything else self.slots_valid()
-        positions = None if plan.rule is None else order.index
-        return self._execute(q, k, v, plan, valid, positions, lambda: self.pairs(plan)[0])
+        positions = None if plan.rule is None else self._order().index
+        return self._execute(q, k, v, plan, self._readable(), positions, lambda: self.pairs(plan)[0])
+
+    def run_quantized(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, qk: str, pv: str
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`run` with its products in formats ``qk`` and ``pv``, such as "int8", and so no gradients.
+
+        See :func:`dit_sparse.kernels.quantized_block_sparse_attention`.
+        """
+        valid = self.slots_valid()
+        return self._execute(q, k, v, plan, valid, None, lambda: self.pairs(plan)[0], (qk, pv))
 
     def run_dense(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`run` with every block kept: what a method measures at REFRESH."""
@@ -211,6 +229,44 @@ class Call:
         plan = Plan.full(q.shape[2], k.shape[2], 128, q.device)
         return self._execute(q, k, v, plan, valid, None, pairs)
 
+    def run_linear(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan | None = None,
+        *,
+        feature_map: str = "softmax",
+        weights: tuple[Tensor, Tensor] | None = None,
+        eps: float | None = None,
+    ) -> Tensor:
+        """Linear attention over all ordered keys, or those ``plan`` leaves: it computes no token pair.
+
+        See :func:`dit_sparse.kernels.linear_attention`; a backend that it does not have counts as "auto".
+        """
+        from dit_sparse.kernels.linear_ops import BACKENDS, linear_attention
+
+        def none() -> Tensor:
+            return torch.zeros((1, 1), dtype=torch.int64, device=q.device)
+
+        backend = self.backend if self.on_run is None else self.on_run(None, none, self)
+        return linear_attention(
+            q,
+            k,
+            v,
+            plan,
+            feature_map=feature_map,
+            weights=weights,
+            valid=self._readable(),
+            eps=eps,
+            backend=backend if backend in BACKENDS else "auto",
+        )
+
+    def _readable(self) -> Tensor | None:
+        """:meth:`slots_valid`, or None where that is every slot."""
+        order = self._order()
+        return None if self.valid is None and order.slots == order.tokens else self.slots_valid()
+
     def _execute(
         self,
         q: Tensor,
@@ -220,9 +276,18 @@ class Call:
         valid: Tensor | None,
         positions: Tensor | None,
         pairs: Callable[[], Tensor],
+        formats: tuple[str, str] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        from dit_sparse.kernels import block_sparse_attention
+        from dit_sparse.kernels import block_sparse_attention, quantized_block_sparse_attention
 
+        if formats is not None:
+            backend = "triton" if q.is_cuda and self.backend != "reference" else "reference"
+            if self.on_run is not None:
+                self.on_run(plan, pairs, self, "{} with {} x {}".format(backend, *formats))
+            qk, pv = formats
+            return quantized_block_sparse_attention(
+                q, k, v, plan, qk=qk, pv=pv, valid=valid, scale=self.scale, backend=backend
+            )
         backend = self.backend if self.on_run is None else self.on_run(plan, pairs, self)
         return block_sparse_attention(
             q, k, v, plan, valid=valid, scale=self.scale, positions=positions, backend=backend
@@ -251,10 +316,15 @@ class SparseProcessor:
     """What a plan depends on, out of "layout", "layer", "step" and "qk": that is its cache key."""
     orders_by_qk: ClassVar[bool] = False
     """Whether :meth:`order` looks into ``call.cache``, and so is asked at every call."""
-    reads_hidden: ClassVar[bool] = False
-    """Whether ``call.hidden`` is wanted."""
     needs_training: ClassVar[bool] = False
     """Whether :meth:`module` has parameters without which the method is not what its paper says."""
+    trained_with: ClassVar[tuple[str, ...]] = ()
+    """Fields, of JSON values, without which trained parts are useless: a session refuses others' parts."""
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether ``call.hidden`` is wanted."""
+        return False
 
     @property
     def refresh(self) -> str:
@@ -278,6 +348,13 @@ class SparseProcessor:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """Ordered q, k, v -> ordered output [B, H, S', D]. Default: execute :meth:`plan`."""
         return call.run(q, k, v, self.planned(q, k, call))[0]
+
+    def is_dense(self, call: Call) -> bool:
+        """Whether this call is the model's own attention, which then computes it (reported as "full plan").
+
+        Static plans that leave nothing out are found without asking.
+        """
+        return False
 
     def planned(self, q: Tensor, k: Tensor, call: Call) -> Plan:
         """:meth:`plan` without gradients, made once for every call that shares what it ``reads``."""
@@ -314,6 +391,11 @@ class SparseProcessor:
     def is_static(self) -> bool:
         """Whether plans do not depend on q and k."""
         return "qk" not in self.reads
+
+    @property
+    def only_plans(self) -> bool:
+        """Whether :meth:`attend` only executes the plan, so that a full one is the model's own attention."""
+        return type(self).attend is SparseProcessor.attend
 
 
 def nearest_setting(

@@ -32,7 +32,8 @@ class Order:
 
     Args:
         index: int64 [1 or KV heads, S'], the model-order position in each slot; -1 marks a hole.
-            Every token 0..S-1 appears exactly once in each row.
+            Every token 0..S-1 appears exactly once in each row. With an axis more, [B, 1 or KV heads, S'],
+            batch items have orders of their own.
         tokens: S, so that ``undo`` needs no synchronisation.
         identity: True when ``index`` is 0..S-1; then ``apply`` and ``undo`` return their argument.
     """
@@ -58,15 +59,15 @@ class Order:
             raise ValueError(f"this order is for sequences of {self.tokens} tokens, got {x.shape[2]}")
         if self.identity:
             return x
-        index = self.index
-        if index.shape[0] == 1:
-            out = x.index_select(2, index[0].clamp(min=0))
+        index = self.rows
+        if index.shape[:2] == (1, 1):
+            out = x.index_select(2, index[0, 0].clamp(min=0))
         else:
-            slots = broadcast_heads(index.clamp(min=0)[None], x.shape[1])
+            slots = broadcast_heads(index.clamp(min=0), x.shape[1])
             out = x.gather(2, slots[..., None].expand(x.shape[0], x.shape[1], -1, x.shape[3]))
         if self.slots == self.tokens:
             return out
-        return out.masked_fill(broadcast_heads((index < 0)[None], x.shape[1])[..., None], 0)
+        return out.masked_fill(broadcast_heads(index < 0, x.shape[1])[..., None], 0)
 
     def undo(self, x: Tensor) -> Tensor:
         """[B, H, S', D] in block order -> [B, H, S, D] in model order; holes are dropped."""
@@ -75,21 +76,26 @@ class Order:
         if self.identity:
             return x
         places = self._places
-        if places.shape[0] == 1:
-            return x.index_select(2, places[0])
-        slots = broadcast_heads(places[None], x.shape[1])
+        if places.shape[:2] == (1, 1):
+            return x.index_select(2, places[0, 0])
+        slots = broadcast_heads(places, x.shape[1])
         return x.gather(2, slots[..., None].expand(x.shape[0], x.shape[1], -1, x.shape[3]))
+
+    @property
+    def rows(self) -> Tensor:
+        """``index`` with its batch axis: int64 [1 or B, 1 or KV heads, S']."""
+        return self.index if self.index.ndim == 3 else self.index[None]
 
     @cached_property
     def _places(self) -> Tensor:
-        """int64 [1 or KV heads, S]: the slot of each token."""
+        """int64 [1 or B, 1 or KV heads, S]: the slot of each token."""
         # Holes sort first, so the last S entries of the stable argsort are the slots of tokens 0..S-1.
-        return self.index.argsort(dim=-1, stable=True)[:, self.slots - self.tokens :]
+        return self.rows.argsort(dim=-1, stable=True)[..., self.slots - self.tokens :]
 
     @cached_property
     def _here(self) -> Tensor:
-        """bool [1, 1 or KV heads, S']: slots with a token. One tensor, so that kernels may cache by it."""
-        return (self.index >= 0)[None]
+        """bool [1 or B, 1 or KV heads, S']: slots with a token. One tensor: kernels cache by it."""
+        return self.rows >= 0
 
     def valid(self, valid: Tensor | None = None) -> Tensor:
         """Which slots hold a token that may be a key.
@@ -110,11 +116,11 @@ class Order:
             )
         if valid.ndim < 3:
             valid = valid.reshape(-1, 1, self.tokens)
-        slots = self.index.clamp(min=0)[None]
+        slots = self.rows.clamp(min=0)
         if valid.shape[1] > 1:
             slots = broadcast_heads(slots, valid.shape[1])
-        heads = max(slots.shape[1], valid.shape[1])
-        valid = valid.expand(-1, heads, -1).gather(2, slots.expand(valid.shape[0], heads, -1))
+        batch, heads = max(slots.shape[0], valid.shape[0]), max(slots.shape[1], valid.shape[1])
+        valid = valid.expand(batch, heads, -1).gather(2, slots.expand(batch, heads, -1))
         return valid & here if here.shape[1] in (1, heads) else valid & broadcast_heads(here, heads)
 
     def filled(self, block: int, valid: Tensor | None = None) -> Tensor:
@@ -135,20 +141,36 @@ class Order:
         return cls._build(index.flatten(), layout, block)
 
     @classmethod
-    def tiles(cls, layout: TokenLayout, tile: tuple[int, int, int], block: int | None = None) -> Order:
+    def tiles(
+        cls,
+        layout: TokenLayout,
+        tile: tuple[int, int, int],
+        block: int | None = None,
+        dilation: tuple[int, int, int] = (1, 1, 1),
+        packed: bool = False,
+    ) -> Order:
         """Tile after tile of ``tile`` (frames, height, width) tokens, each raster inside.
 
         Tiles that stick out of the grid are completed with holes, so every tile is one run of
-        ``prod(tile)`` slots. ``block`` (default ``prod(tile)``) is where text starts.
+        ``prod(tile)`` slots. ``block`` (default ``prod(tile)``) is where text starts. With ``dilation`` a
+        tile takes every ``dilation``-th token along an axis: first come the tiles of those that start at 0,
+        then of those at 1, ... ``packed`` puts the holes of a tile behind its tokens; smaller tiles then no
+        longer nest in it.
         """
-        if len(tile) != 3 or min(tile) < 1:
-            raise ValueError(f"tile must be three positive sizes (frames, height, width), got {tile!r}")
-        counts = [-(-n // t) for n, t in zip(layout.grid, tile, strict=True)]
-        padded = torch.full([c * t for c, t in zip(counts, tile, strict=True)], -1)
+        for name, sizes in (("tile", tile), ("dilation", dilation)):
+            if len(sizes) != 3 or min(sizes) < 1:
+                raise ValueError(
+                    f"{name} must be three positive sizes (frames, height, width), got {sizes!r}"
+                )
+        parts = [(-(-n // (t * d)), t, d) for n, t, d in zip(layout.grid, tile, dilation, strict=True)]
+        padded = torch.full([prod(part) for part in parts], -1)
         f, h, w = layout.grid
         padded[:f, :h, :w] = torch.arange(layout.tokens).view(f, h, w)
-        split = padded.view(counts[0], tile[0], counts[1], tile[1], counts[2], tile[2])
-        return cls._build(split.permute(0, 2, 4, 1, 3, 5).flatten(), layout, block or prod(tile))
+        split = padded.view([size for part in parts for size in part])
+        tiles = split.permute(2, 5, 8, 0, 3, 6, 1, 4, 7).reshape(-1, prod(tile))
+        if packed:
+            tiles = tiles.gather(1, (tiles < 0).byte().argsort(dim=1, stable=True))
+        return cls._build(tiles.flatten(), layout, block or prod(tile))
 
     @classmethod
     def axes(cls, layout: TokenLayout, order: str, block: int = 1) -> Order:

@@ -1,4 +1,4 @@
-"""What is asked of ``dit-sparse generate``, checked before any weights are loaded."""
+"""What is asked of ``dit-sparse generate`` and ``calibrate``, checked before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Request:
     """What was asked on the command line."""
 
     model: str
-    prompt: str | None
-    negative_prompt: str | None
-    image: Path | None
-    lora: list[str] | None
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    image: Path | None = None
+    lora: list[str] | None = None
     method: str
-    density: float | None
+    density: float | None = None
     preset: str | None
     schedule: str | None
     param: list[str] | None
-    backend: str
+    backend: str = "auto"
     height: int | None
     width: int | None
     num_frames: int | None
@@ -44,10 +44,10 @@ class Request:
     dtype: str
     device: str
     offload: str
-    compile: bool
+    compile: bool = False
     output: Path
-    compare_dense: bool
-    report: Path | None
+    compare_dense: bool = False
+    report: Path | None = None
 
     @property
     def is_stock(self) -> bool:
@@ -77,7 +77,6 @@ def check_flags(asked: Request) -> None:
     from dit_sparse.kernels.ops import BACKENDS
     from dit_sparse.processors import METHODS
     from dit_sparse.schedule import Schedule
-    from dit_sparse.video import check_writable
 
     if not asked.is_stock:
         _one_of("--method", asked.method, (*STOCK, *(m for m in METHODS if m not in STOCK)))
@@ -109,6 +108,12 @@ def check_flags(asked: Request) -> None:
     for lora in asked.lora or ():
         if not Path(lora).exists() and (lora.count("/") != 1 or lora.endswith(".safetensors")):
             raise ValueError(f"--lora {lora} does not exist, and it is no Hub id (owner/name)")
+
+
+def check_outputs(asked: Request) -> None:
+    """Whether a video, its manifest and a report can be written."""
+    from dit_sparse.video import check_writable
+
     if asked.output.suffix.lower() != ".mp4":
         raise ValueError(f"--output must end in .mp4, got {asked.output}")
     if asked.report is not None:
@@ -198,6 +203,7 @@ def _shape_of(image: Path, settings: Mapping[str, Any], multiples: tuple[int, in
 
 def choice_of(asked: Request, source: Source, settings: Mapping[str, Any]) -> Choice:
     """The method's setting out of preset and flags, tried on the token grid of the video."""
+    from dit_sparse.calibration import CalibratedProcessor
     from dit_sparse.layout import TokenLayout
     from dit_sparse.processors import METHODS
 
@@ -205,7 +211,9 @@ def choice_of(asked: Request, source: Source, settings: Mapping[str, Any]) -> Ch
     if presets is None and asked.preset is not None:
         raise ValueError(f"there are no presets for {asked.method} on {asked.model}; leave --preset out")
     preset = presets[asked.preset or "balanced"] if presets else None
-    parameters = {**(preset.parameters if preset else {}), **_parameters(asked.param or ())}
+    parameters = _parameters(asked.param or ())
+    if preset is not None and "calibration" not in parameters:  # which comes with parameters of its own
+        parameters = {**preset.parameters, **parameters}
     cls = METHODS[asked.method]
     known = [f.name for f in fields(cls)]
     for name in parameters:
@@ -217,11 +225,16 @@ def choice_of(asked: Request, source: Source, settings: Mapping[str, Any]) -> Ch
         processor = cls(**parameters)
     except TypeError as error:
         raise ValueError(f"--param: {asked.method} does not take {parameters}: {error}") from None
+    if isinstance(processor, CalibratedProcessor) and processor.calibrated is not None:
+        processor.calibrated.check_grid(grid_of(source, settings))
     if asked.density is not None and "density" not in known:
         processor.at_density(asked.density, TokenLayout(grid_of(source, settings)))
+    schedule = asked.schedule or (source.family.schedule if preset is None else preset.schedule)
+    if "calibration" in parameters:
+        return Choice(parameters, schedule, None, "the calibration")
     if preset is None:
-        return Choice(parameters, asked.schedule or source.family.schedule, None, "the method's own defaults")
-    return Choice(parameters, asked.schedule or preset.schedule, asked.preset or "balanced", preset.source)
+        return Choice(parameters, schedule, None, "the method's own defaults")
+    return Choice(parameters, schedule, asked.preset or "balanced", preset.source)
 
 
 def _parameters(pairs: list[str] | tuple[()]) -> dict[str, Any]:

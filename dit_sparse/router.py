@@ -16,7 +16,7 @@ from dit_sparse.core import Attachment
 from dit_sparse.kernels.ops import resolve_backend
 from dit_sparse.layout import TokenLayout
 from dit_sparse.method import Call, SparseProcessor
-from dit_sparse.order import fill_counts
+from dit_sparse.order import broadcast_heads, fill_counts
 from dit_sparse.pipelines import Family
 from dit_sparse.plan import Plan, Rule
 from dit_sparse.report import Record, Report, Where
@@ -112,6 +112,7 @@ class Router:
     ) -> Tensor | None:
         """One attention call: the sparse result [B, H, S, D], or None when the model's own call is to run."""
         forward = at.part.forward or _NOWHERE
+        hidden, at.hidden = at.hidden, None  # a layer's hidden states are not kept beyond its call
         layout, valid, reason = self._understand(at, forward, q, k, mask, odd)
         if layout is None:
             if self.strict:
@@ -120,6 +121,11 @@ class Router:
             return None
         tick = forward.tick
         phase = at.schedule.phase(tick.step, tick.steps, at.layer.index, at.layer.count)
+        if tick.step is not None and tick.step + 1 == tick.steps:
+            # What was remembered can be gigabytes, for which the autoencoder that follows has a use.
+            remembered = self._memory.pop((at, tick.branch), {})
+        else:
+            remembered = self._memory.setdefault((at, tick.branch), {})
         if phase is Phase.DENSE:
             self._left_dense(at, forward, q, k, valid, "schedule")
             return None
@@ -127,13 +133,16 @@ class Router:
         if self.density is not None:
             density = self.density
             method = self._once((method, layout), lambda: at.method.at_density(density, layout))
-        call = self._call(at, forward, layout, phase, q, k, valid, scale)
+        call = self._call(at, forward, layout, phase, q, k, valid, scale, remembered)
         if method.orders_by_qk:
             order = method.order(call).to(q.device)
         else:
             order = self._once(self._key("order", method, call, q), lambda: method.order(call).to(q.device))
-        call = call.at(order=order)
-        if self.full_plan_is_dense and method.is_static and type(method).attend is SparseProcessor.attend:
+        call = call.at(order=order, hidden=hidden)
+        if self.full_plan_is_dense and method.is_dense(call):
+            self._left_dense(at, forward, q, k, valid, "full plan")
+            return None
+        if self.full_plan_is_dense and method.is_static and method.only_plans:
             # A plan is made for ordered q and k: an order with holes has more slots than tokens.
             full = self._once(
                 (*self._key("full", method, call, q), forward.anchors),
@@ -184,19 +193,20 @@ class Router:
         k: Tensor,
         valid: Tensor | None,
         scale: float | None,
+        cache: dict[str, Any],
     ) -> Call:
         tick, device, training = forward.tick, q.device, torch.is_grad_enabled()
         needs_grad = training and any(x.requires_grad for x in (q, k))
-        cache = self._memory.setdefault((at, tick.branch), {})
         if not cache and "step" in at.method.reads and not at.method.is_static:
             phase = Phase.REFRESH
         if forward.replays:
-            phase, cache = forward.caches[id(at)]
+            phase, cache = forward.caches.get(id(at), (phase, cache))  # none for a call left to the model
 
         runs = itertools.count()
 
-        def on_run(plan: Plan, count: Callable[[], Tensor], call: Call) -> str:
-            backend = self._backend(device, needs_grad, plan.rule)
+        def on_run(plan: Plan | None, count: Callable[[], Tensor], call: Call, backend: str = "") -> str:
+            rule = None if plan is None else plan.rule
+            backend = backend or self._backend(device, needs_grad, rule)
             if forward.replays:
                 return backend
             if valid is None and at.method.is_static:
@@ -241,7 +251,6 @@ class Router:
             cache=cache,
             replays=forward.replays,
             part=at.module._modules.get("sparse_branch"),
-            hidden=at.hidden,
             backend=self.backend,
             on_run=on_run,
             plan_cache=plan_cache,
@@ -256,7 +265,8 @@ class Router:
 
     def _key(self, what: str, method: SparseProcessor, call: Call, q: Tensor) -> tuple[Any, ...]:
         layer = (call.layer, call.name) if "layer" in method.reads else None
-        step = (call.step, call.steps) if "step" in method.reads else None
+        # What a method remembers from step to step lies in one order, so an order depends on no step.
+        step = (call.step, call.steps) if "step" in method.reads and what != "order" else None
         return what, method, call.layout, q.device, call.heads, layer, step
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
@@ -300,12 +310,25 @@ def _with_anchors(plan: Plan, call: Call, frames: int) -> Plan:
     if not frames or call.order is None:
         return plan
     start = call.layout.grid_start
-    index = call.order.index
-    here = (index >= start) & (index < start + frames * call.layout.frame)
+    slots = call.order.rows
+    here = broadcast_heads((slots >= start) & (slots < start + frames * call.layout.frame), call.heads)
     columns = fill_counts(here, plan.block[1]) > 0
+    rule = None if plan.rule is None else _Anchored(plan.rule, start, start + frames * call.layout.frame)
     return Plan.from_blocks(
-        plan.to_blocks() | columns[None, :, None].to(plan.indices.device), plan.block, plan.rule
+        plan.to_blocks() | columns[..., None, :].to(plan.indices.device), plan.block, rule
     )
+
+
+@dataclass(frozen=True)
+class _Anchored:
+    """A plan's rule, which must not hide the keys start <= k < stop that every query may read."""
+
+    rule: Rule
+    start: int
+    stop: int
+
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.rule(q, k) | ((k >= self.start) & (k < self.stop))
 
 
 def _key_validity(mask: Tensor, batch: int, tokens: int) -> Tensor | str:

@@ -28,7 +28,7 @@ from torch import Tensor
 import dit_sparse
 from dit_sparse.pipelines import tiny
 from dit_sparse.pipelines.tiny import data
-from dit_sparse.pipelines.wan import PRESETS
+from dit_sparse.pipelines.wan_presets import PRESETS
 from dit_sparse.processors import METHODS
 from dit_sparse.video import check_writable, staged
 

@@ -1,29 +1,5 @@
-"""Wan 2.1 and 2.2: text, image and VACE to video. Text and image enter by cross-attention, which stays dense.
-
-Presets of Radial. Script and helper are those of github.com/mit-han-lab/radial-attention at 72788d4, tables
-those of the paper, arXiv 2506.19852. Density is that of the sparse calls alone, at the size named per model:
-
-=====  ========  =============================================  =======  ================================
-size   intent    setting                                        density  from
-=====  ========  =============================================  =======  ================================
-1.3b   quality   decay 1, 13 of 50 steps and layers 0-1 dense   0.46     480x832, 81 frames; decay of the
-                                                                         script's command line, Table B
-1.3b   balanced  decay 0.2, 12 of 50 steps and layer 0 dense    0.37     the Wan2.1 script
-1.3b   fast      decay 0.2, block 64, 8 of 50 steps, layer 0    0.28     Table B; block of Wan2.2
-14b    quality   decay 1, 13 of 50 steps and layers 0-1 dense   0.41     720x1280, 81 frames; as 1.3b
-14b    balanced  decay 0.2, 12 of 50 steps and layer 0 dense    0.27     the Wan2.1 script; Table 1 (768x1280,
-                                                                         69 frames): PSNR 23.9, 1.77x
-14b    fast      decay 0.2, 8 of 50 steps and layer 0 dense     0.27     Table B: PSNR 21.7 with 8 dense
-                                                                         steps, 23.2 with 11, 23.6 with 12
-a14b   quality   decay 1, block 64, 12 of 40, layers 0-1        0.39     720x1280, 81 frames; decay as above
-a14b   balanced  decay 0.8, block 64, 11 of 40 steps, layer 0   0.35     the Wan2.2 script
-a14b   fast      decay 0.8, block 64, 5 of 40, layers 0-1       0.35     defaults of the Wan2.2 helper
-5b     quality   as a14b                                        0.31     704x1280, 121 frames; unpublished
-5b     others    as a14b                                        0.27     unpublished
-tiny   quality   decay 1, block 32, frames down to bands of 64  0.36     64x128, 65 frames; unpublished
-tiny   balanced  decay 1, block 32                              0.25     unpublished
-tiny   fast      decay 0.2, block 32                            0.23     unpublished
-=====  ========  =============================================  =======  ================================
+"""Wan 2.1 and 2.2: text, image and VACE to video. Text and image enter by cross-attention, which stays
+dense. What each method does at each size is in ``wan_presets.py``.
 """
 
 from __future__ import annotations
@@ -33,7 +9,8 @@ from math import lcm
 from typing import Any
 
 from dit_sparse.layout import TokenLayout
-from dit_sparse.pipelines.family import Checkpoint, Family, Preset
+from dit_sparse.pipelines.family import Checkpoint, Family
+from dit_sparse.pipelines.wan_presets import PRESETS
 
 
 def layers(model: Any) -> list[tuple[str, int, int]]:
@@ -109,70 +86,6 @@ def pipeline_class(index: Mapping[str, Any], image: bool) -> str:
         raise ValueError("an image-to-video model needs an image")
     return name
 
-
-_SCRIPT = "mit-han-lab/radial-attention at 72788d4, "
-_PAPER = "arXiv 2506.19852, "
-_HALF_BLOCK = {"block": 64}
-_SMALL_BLOCK = {"block": 32, "decay": 1.0}
-
-_WAN22 = {
-    "quality": Preset(
-        {**_HALF_BLOCK, "decay": 1.0},
-        "dense 0-30%; layers 0-1",
-        f"{_SCRIPT}default decay of the command line; 30 % warm-up as in SVG2, arXiv 2505.18875",
-    ),
-    "balanced": Preset(
-        {**_HALF_BLOCK, "decay": 0.8},
-        "dense 0-27.5%; layers 0",
-        f"{_SCRIPT}wan_22_t2v_inference: decay 0.8, block 64, 11 of 40 steps and 1 layer dense",
-    ),
-    "fast": Preset(
-        {**_HALF_BLOCK, "decay": 0.8},
-        "dense 0-12.5%; layers 0-1",
-        f"{_SCRIPT}defaults of the Wan2.2 helper: decay 0.8, 5 steps and 2 layers dense",
-    ),
-}
-_WAN21_QUALITY = Preset(
-    {"decay": 1.0},
-    "dense 0-26%; layers 0-1",
-    f"{_SCRIPT}default decay of the command line; {_PAPER}Table B: no gain past 12 of 50 dense steps",
-)
-_WAN21_BALANCED = Preset(
-    {"decay": 0.2},
-    "dense 0-24%; layers 0",
-    f"{_SCRIPT}wan_t2v_inference: decay 0.2, 12 of 50 steps and 1 layer dense; "
-    f"{_PAPER}Table 1: 14B at 768x1280x69, PSNR 23.9, SSIM 0.842, 1.77x on an H100",
-)
-_WARM_UP = f"{_PAPER}Table B: at equal compute, PSNR 21.7 with 8 and 23.6 with 12 of 50 dense steps"
-
-PRESETS: dict[tuple[str, str], dict[str, Preset]] = {
-    ("radial", "1.3b"): {
-        "quality": _WAN21_QUALITY,
-        "balanced": _WAN21_BALANCED,
-        "fast": Preset({**_HALF_BLOCK, "decay": 0.2}, "dense 0-16%; layers 0", _WARM_UP),
-    },
-    ("radial", "14b"): {
-        "quality": _WAN21_QUALITY,
-        "balanced": _WAN21_BALANCED,
-        "fast": Preset({"decay": 0.2}, "dense 0-16%; layers 0", _WARM_UP),
-    },
-    ("radial", "a14b"): _WAN22,
-    ("radial", "5b"): {
-        name: Preset(p.parameters, p.schedule, f"unpublished for this model; as Wan2.2 A14B: {p.source}")
-        for name, p in _WAN22.items()
-    },
-    ("radial", "tiny"): {
-        "quality": Preset(
-            {**_SMALL_BLOCK, "decimate_below": 64},
-            "dense 0-25%; layers 0",
-            "unpublished: chosen for tiny-wan",
-        ),
-        "balanced": Preset(
-            {**_SMALL_BLOCK}, "dense 0-25%", "unpublished: chosen for tiny-wan, density below 0.3"
-        ),
-        "fast": Preset({"block": 32, "decay": 0.2}, "dense 0-10%", "unpublished: chosen for tiny-wan"),
-    },
-}
 
 # `fps` and `flow_shift` are no keywords of the pipeline's call: whoever calls it takes them out. Sources:
 # examples in diffusers 0.42 (Wan2.1: flow shift 3 for 480p, 5 for 720p); wan/configs of Wan-Video/Wan2.2.

@@ -407,3 +407,18 @@ def test_a_method_is_no_processor_of_one_layer() -> None:
     model.blocks[0].attn1.set_processor(RADIAL)
     with pytest.raises(ValueError, match=r"RadialProcessor cannot be one layer's processor: use model\.set"):
         model(**tiny.wan_inputs())
+
+
+def test_nothing_is_remembered_beyond_the_last_step() -> None:
+    pipe = tiny.wan_pipeline()
+    session = dit_sparse.apply(pipe, tiny.Cached(), schedule="dense 0-25%")
+    kept = []
+
+    def look(*_: Any) -> None:
+        kept.append(len(session._memory))
+
+    hook = pipe.transformer.register_forward_hook(look)
+    tiny.run_wan(pipe, steps=4)
+    hook.remove()
+    assert kept == [3, 6, 6, 6, 6, 6, 3, 0]  # three layers, two branches
+    assert sum(row.where.phase is Phase.SPARSE for row in session.report().rows) == 2 * 2 * 3

@@ -91,6 +91,22 @@ def test_one_order_per_kv_head_serves_its_group_of_query_heads(case, group):
     assert torch.equal(order.undo(ordered), x)
 
 
+@given(stacks(), st.integers(1, 2), BLOCKS)
+def test_batch_items_may_have_orders_of_their_own(case, group, block):
+    layout, _, order = case
+    other = Order(order.index.flip(0), order.tokens)
+    both = Order(torch.stack([order.index, other.index]), order.tokens)
+    x = torch.randn(2, order.index.shape[0] * group, layout.sequence, 2)
+    validity = torch.rand(2, layout.sequence) < 0.6
+    ordered = both.apply(x)
+    assert torch.equal(both.undo(ordered), x)
+    for b, alone in enumerate((order, other)):
+        assert torch.equal(ordered[b : b + 1], alone.apply(x[b : b + 1]))
+        for valid in (None, validity[0]):
+            assert torch.equal(both.valid(valid)[b : b + 1], alone.valid(valid))
+        assert torch.equal(both.filled(block, validity)[b : b + 1], alone.filled(block, validity[b]))
+
+
 def test_heads_that_no_group_fits_are_refused():
     layout = TokenLayout((2, 2, 3))
     order = Order.stack([Order.axes(layout, a) for a in ("fhw", "hwf")])

@@ -47,6 +47,7 @@ def test_generate_from_the_wheel(python: Path, tmp_path: Path) -> None:
     ).stdout.split()  # fmt: skip
     assert all(Path(path).is_relative_to(python.parents[1]) for path in where)
     assert (Path(where[1]) / "model_index.json").exists()
+    assert Path(where[0]).with_name("calibration.schema.json").exists()
     command = [
         python.parent / "dit-sparse",
         "generate",

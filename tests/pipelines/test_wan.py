@@ -14,7 +14,8 @@ import dit_sparse
 from dit_sparse import METHODS, Phase, RadialProcessor, Report, Schedule, TokenLayout
 from dit_sparse.method import Call
 from dit_sparse.pipelines.load import checkpoints
-from dit_sparse.pipelines.wan import FAMILY, PRESETS, layers, multiples
+from dit_sparse.pipelines.wan import FAMILY, layers, multiples
+from dit_sparse.pipelines.wan_presets import PRESETS
 
 RADIAL = RadialProcessor(block=8, decay=0.2, decimate_below=16)
 
@@ -201,12 +202,16 @@ def test_presets_are_settings_that_exist(key: tuple[str, str], intent: str) -> N
     preset = PRESETS[key][intent]
     METHODS[method](**preset.parameters)
     schedule = Schedule.parse(preset.schedule)
-    assert schedule.dense
     assert preset.source
     sizes = {c.size: c.defaults for c in checkpoints().values()}
     assert size in sizes
-    assert schedule.phase(0, 50, 5, 40) is Phase.DENSE
+    assert schedule.phase(0, 50, 5, 40) is (Phase.DENSE if schedule.dense else Phase.SPARSE)
     assert schedule.phase(40, 50, 5, 40) is Phase.SPARSE
+
+
+def test_every_method_has_presets_for_the_bundled_model() -> None:
+    assert {name for name, size in PRESETS if size == "tiny"} == set(METHODS) - {"dense"}
+    assert all(list(intents) == ["quality", "balanced", "fast"] for intents in PRESETS.values())
 
 
 @pytest.mark.parametrize(

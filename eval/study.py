@@ -59,7 +59,7 @@ def setting(name: str, density: float, layout: TokenLayout, pipe: Any, folder: P
     preset = PRESETS.get((name, "tiny"), {}).get("balanced")
     method = METHODS[name](**OWN.get(name, preset.parameters if preset else {}))
     method = method.at_density(density, layout)
-    if not isinstance(method, CalibratedProcessor):
+    if not isinstance(method, CalibratedProcessor) or name == "efficient_vdit":  # its k is the density
         return method
     file = folder / f"{name}-{density:g}.json"
     if not file.exists():

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
@@ -67,17 +66,18 @@ class Calibration:
         """Write ``path`` (JSON) and, where there are tensors, ``<stem>.safetensors`` beside it."""
         from safetensors.torch import save
 
+        from dit_sparse.video import staged
+
         path = Path(path)
         content = {f.name: getattr(self, f.name) for f in fields(self)}
         content = {"format": FORMAT, **content, "tensors": None}
-        if self.tensors:
-            blob = save({name: x.contiguous().cpu() for name, x in self.tensors.items()})
-            content["tensors"] = {
-                "file": path.with_suffix(".safetensors").name,
-                "sha256": sha256(blob).hexdigest(),
-            }
-            _write(path.with_suffix(".safetensors"), blob)
-        _write(path, json.dumps(content, indent=1).encode())
+        with staged() as stage:
+            if self.tensors:
+                blob = save({name: x.contiguous().cpu() for name, x in self.tensors.items()})
+                beside = path.with_suffix(".safetensors")
+                content["tensors"] = {"file": beside.name, "sha256": sha256(blob).hexdigest()}
+                stage(beside).write_bytes(blob)
+            stage(path).write_text(json.dumps(content, indent=1))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
@@ -87,6 +87,8 @@ class Calibration:
             ValueError: The file is missing, is no calibration, is of another format, or its tensors are not
                 those it was saved with.
         """
+        from jsonschema import Draft202012Validator
+        from jsonschema.exceptions import best_match
         from safetensors.torch import load
 
         path = Path(path)
@@ -101,8 +103,8 @@ class Calibration:
                 f"{path} is of calibration format {content['format']!r}, expected {FORMAT}: calibrate again"
             )
         schema = json.loads(files("dit_sparse").joinpath("calibration.schema.json").read_text())
-        if wrong := _mismatch(content, schema):
-            raise ValueError(f"{path} is no calibration: {wrong}")
+        if wrong := best_match(Draft202012Validator(schema).iter_errors(content)):
+            raise ValueError(f"{path} is no calibration: {wrong.json_path}: {wrong.message}")
         tensors = {}
         if about := content["tensors"]:
             beside = path.with_name(about["file"])
@@ -205,45 +207,6 @@ def within(errors: Tensor, costs: Tensor, budget: float) -> Tensor:
         fits = costs[chosen(middle)].mean(-1) <= budget * (1 + 1e-9)
         low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
     return chosen(high)
-
-
-def _mismatch(value: Any, schema: Mapping[str, Any], at: str = "$") -> str | None:
-    """Where and how a value breaks a JSON Schema, of which it knows the words our schema is written in."""
-    kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-    kind = next((k for k in kinds if isinstance(value, _KINDS[k]) and not isinstance(value, bool)), None)
-    if kind is None:
-        return f"{at} must be {' or '.join(kinds)}, got {value!r:.60}"
-    if kind == "object":
-        known, rest = schema.get("properties", {}), schema["additionalProperties"]
-        for name in schema.get("required", ()):
-            if name not in value:
-                return f"{at} lacks {name}"
-        for name in value:
-            if rest is False and name not in known:
-                return f"{at} has the unknown entry {name}"
-        parts = [(f"{at}.{n}", v, known.get(n, rest)) for n, v in value.items()]
-    elif kind == "array":
-        least, most = schema.get("minItems", 0), schema.get("maxItems", len(value))
-        if not least <= len(value) <= most:
-            return f"{at} must have {least} to {most} items, got {len(value)}"
-        parts = [(f"{at}[{i}]", v, schema["items"]) for i, v in enumerate(value)]
-    else:
-        if kind == "integer" and value < schema.get("minimum", value):
-            return f"{at} must be at least {schema['minimum']}, got {value}"
-        if "pattern" in schema and not re.search(schema["pattern"], value):
-            return f"{at} must match {schema['pattern']}, got {value!r:.60}"
-        return None
-    found = (_mismatch(part, inner, where) for where, part, inner in parts if inner is not True)
-    return next((wrong for wrong in found if wrong), None)
-
-
-_KINDS: dict[str, type] = {"object": dict, "array": list, "string": str, "integer": int, "null": type(None)}
-
-
-def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content)
-    part.replace(path)
 
 
 class Search(Protocol):

@@ -242,9 +242,9 @@ on {machine}, {date}, dit_sparse at {commit}. tiny-wan in its study setting ({to
 
 * density: achieved by the calls the method ran in, and in brackets over the full run.
 * PSNR (dB) and SSIM: to the dense video of the same prompt and noise.
-* over random: PSNR above the control, which keeps random blocks at the row's achieved density (every query
-  block keeps its own); in brackets the paired bootstrap 95 % interval over prompts. "above" and "below" are
-  claimed only where it excludes 0.
+* over random: PSNR above the control, which keeps random blocks at the row's achieved density, drawn anew at
+  every layer and step (every query block keeps its own); in brackets the paired bootstrap 95 % interval over
+  prompts. "above" and "below" are claimed only where it excludes 0.
 * score: the share of a prompt's statements the video bears out (`eval/attributes.py`).
 * attention, planning: seconds a video inside self-attention's core calls, and in choosing blocks there.
 * speed-up: dense seconds over the method's, end to end; median and range over prompts.

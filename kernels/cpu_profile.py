@@ -37,11 +37,18 @@ extern "C" double multiply_add(long chunks, long threads) {  // returns how many
   float seen = 0;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) reduction(+ : seen)
   for (long chunk = 0; chunk < chunks; chunk++) {
-    Vec sums[12] = {}, factor = Vec{} + 0.5f;
+    // Nothing a compiler can spare: sums and lanes that differ, all read, and squares, not constant factors.
+    constexpr int LANES = BYTES / sizeof(float);
+    Vec sums[12], more;
+    for (int lane = 0; lane < LANES; lane++) {
+      more[lane] = 0.1f / (1 + lane + chunk);
+      for (int n = 0; n < 12; n++) sums[n][lane] = 0.01f * n;
+    }
     for (long i = 0; i < ROUNDS; i++)
 #pragma GCC unroll 12
-      for (int n = 0; n < 12; n++) sums[n] = sums[n] * factor + factor;
-    for (Vec& sum : sums) seen += sum[0];
+      for (int n = 0; n < 12; n++) sums[n] = sums[n] * sums[n] + more;
+    for (Vec& sum : sums)
+      for (int lane = 0; lane < LANES; lane++) seen += sum[lane];
   }
   const double made = 2.0 * 12 * (BYTES / sizeof(float)) * ROUNDS * chunks;
   return seen < 0 ? 0 : made;

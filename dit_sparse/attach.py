@@ -332,7 +332,8 @@ def apply(
         pipe: A diffusers pipeline (its clock is then known) or a transformer. A compiled transformer will do.
         method: A processor, a name out of ``METHODS``, or a dict of processors by ``"<path>.processor"``.
         schedule: When it runs; default the model family's. See :meth:`Schedule.parse`.
-        density: Ask for the method's setting nearest to this density at each token layout.
+        density: Ask for the method's setting nearest to this density of all pairs, at each token layout.
+            A parameter of this name that a method has is given to its constructor.
         backend: "auto", "reference", "cpu", "gathered", "flex" or "triton".
         strict: Raise where a call cannot run sparse, instead of recording why it ran dense.
         seed: For methods that draw samples.
@@ -347,8 +348,6 @@ def apply(
         if method not in METHODS:
             raise ValueError(f"unknown method {method!r}; there are {', '.join(sorted(METHODS))}")
         names = {f.name for f in fields(METHODS[method])}
-        if density is not None and "density" in names:
-            parameters, density = {**parameters, "density": density}, None
         wrong = sorted(set(parameters) - names)
         if wrong:
             raise ValueError(

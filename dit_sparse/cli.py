@@ -26,6 +26,28 @@ from dit_sparse.generate import Request, flat, say
 from dit_sparse.generate import generate as make
 from dit_sparse.search import calibrate as search
 
+# Flags that several commands have.
+Model = Annotated[str, typer.Option(help="Name (`dit-sparse models`), Hub id or folder.")]
+Image = Annotated[Path | None, typer.Option(help="First frame (image to video) or reference image (VACE).")]
+Preset = Annotated[str | None, typer.Option(help="quality, balanced (default) or fast.")]
+Param = Annotated[
+    list[str] | None, typer.Option(help="Parameter of the method, NAME=VALUE; may be given again.")
+]
+Height = Annotated[int | None, typer.Option(help="In pixels. Default: the model's.")]
+Width = Annotated[int | None, typer.Option(help="In pixels. Default: the model's.")]
+NumFrames = Annotated[int | None, typer.Option(help="Default: the model's.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's.")]
+GuidanceScale = Annotated[float | None, typer.Option(help="Default: the model's.")]
+FlowShift = Annotated[float | None, typer.Option(help="Of the scheduler. Default: the model's.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto (bfloat16 on CUDA, else float32), bfloat16, float16 or float32.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Offload = Annotated[
+    str,
+    typer.Option(help="none, model, sequential or group: keep weights in CPU memory until used."),
+]
+
 app = typer.Typer(
     help="Sparse attention for diffusion transformers: generate videos, and see what really ran.",
     no_args_is_help=True,
@@ -43,12 +65,10 @@ def _commands() -> None:
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Option(help="Name (`dit-sparse models`), Hub id or folder.")] = "tiny-wan",
+    model: Model = "tiny-wan",
     prompt: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
-    image: Annotated[
-        Path | None, typer.Option(help="First frame (image to video) or reference image (VACE).")
-    ] = None,
+    image: Image = None,
     lora: Annotated[
         list[str] | None, typer.Option(help="LoRA: a file, folder or Hub id; may be given again.")
     ] = None,
@@ -59,29 +79,22 @@ def generate(
         float | None,
         typer.Option(help="Share of the token pairs that sparse calls compute, in (0, 1]."),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="quality, balanced (default) or fast.")] = None,
+    preset: Preset = None,
     schedule: Annotated[
         str | None, typer.Option(help='When the method runs, e.g. "dense 0-25%; layers 0".')
     ] = None,
-    param: Annotated[
-        list[str] | None, typer.Option(help="Parameter of the method, NAME=VALUE; may be given again.")
-    ] = None,
+    param: Param = None,
     backend: Annotated[str, typer.Option(help="auto, reference, cpu, gathered, flex or triton.")] = "auto",
-    height: Annotated[int | None, typer.Option(help="In pixels. Default: the model's.")] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels. Default: the model's.")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Default: the model's.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
-    flow_shift: Annotated[float | None, typer.Option(help="Of the scheduler. Default: the model's.")] = None,
+    height: Height = None,
+    width: Width = None,
+    num_frames: NumFrames = None,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    flow_shift: FlowShift = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same video.")] = 0,
-    dtype: Annotated[
-        str, typer.Option(help="auto (bfloat16 on CUDA, else float32), bfloat16, float16 or float32.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    offload: Annotated[
-        str,
-        typer.Option(help="none, model, sequential or group: keep weights in CPU memory until used."),
-    ] = "none",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    offload: Offload = "none",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the repeated blocks.")] = False,
     output: Annotated[Path, typer.Option(help="An .mp4; a manifest goes beside it as .json.")] = Path(
         "out.mp4"
@@ -107,37 +120,28 @@ def calibrate(
     output: Annotated[
         Path, typer.Option(help="A .json; a .safetensors goes beside it where masks are needed.")
     ],
-    model: Annotated[str, typer.Option(help="Name (`dit-sparse models`), Hub id or folder.")] = "tiny-wan",
+    model: Model = "tiny-wan",
     prompt: Annotated[list[str] | None, typer.Option(help="What a video shows; may be given again.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="More prompts, one a line.")] = None,
     prompts: Annotated[
         int | None, typer.Option(help="How many of them. Default: all, or 4 of tiny-wan's own.")
     ] = None,
-    image: Annotated[
-        Path | None, typer.Option(help="First frame (image to video) or reference image (VACE).")
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help="quality, balanced (default) or fast.")] = None,
+    image: Image = None,
+    preset: Preset = None,
     schedule: Annotated[
         str | None, typer.Option(help="When the method will run: other steps are not looked at.")
     ] = None,
-    param: Annotated[
-        list[str] | None, typer.Option(help="Parameter of the method, NAME=VALUE; may be given again.")
-    ] = None,
-    height: Annotated[int | None, typer.Option(help="In pixels. Default: the model's.")] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels. Default: the model's.")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Default: the model's.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
-    flow_shift: Annotated[float | None, typer.Option(help="Of the scheduler. Default: the model's.")] = None,
+    param: Param = None,
+    height: Height = None,
+    width: Width = None,
+    num_frames: NumFrames = None,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    flow_shift: FlowShift = None,
     seed: Annotated[int, typer.Option(help="Of the first prompt; the next one has the next seed.")] = 0,
-    dtype: Annotated[
-        str, typer.Option(help="auto (bfloat16 on CUDA, else float32), bfloat16, float16 or float32.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    offload: Annotated[
-        str,
-        typer.Option(help="none, model, sequential or group: keep weights in CPU memory until used."),
-    ] = "none",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    offload: Offload = "none",
 ) -> None:
     """Search a method's modes, frames or masks on a model's own runs, for one size.
 

@@ -63,8 +63,8 @@ def generate(asked: Request) -> None:
         raise ValueError(f"--prompt is missing: what should {asked.model} show?")
     settings = settings_of(asked, source)
     choice = None if asked.is_stock else choice_of(asked, source, settings)
-    pipe = _load(asked, source, device, settings)
-    call = _call(asked, source, settings)
+    pipe = placed_pipeline(asked, source, device, settings)
+    call = call_of(asked, source, settings)
 
     dense = None
     if asked.compare_dense:
@@ -82,7 +82,7 @@ def generate(asked: Request) -> None:
     _tell(asked, manifest, run)
 
 
-def _load(asked: Request, source: Source, device: str, settings: Mapping[str, Any]) -> Any:
+def placed_pipeline(asked: Request, source: Source, device: str, settings: Mapping[str, Any]) -> Any:
     """The pipeline, placed and prepared, with stock attention."""
     import torch
 
@@ -141,7 +141,7 @@ def _transformers(pipe: Any) -> list[Any]:
     return [model for model in found if model is not None]
 
 
-def _call(asked: Request, source: Source, settings: Mapping[str, Any]) -> dict[str, Any]:
+def call_of(asked: Request, source: Source, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords of the pipeline's call."""
     call = {n: v for n, v in settings.items() if n not in ("fps", "flow_shift")}
     call["prompt"] = EXAMPLE if asked.prompt is None else asked.prompt

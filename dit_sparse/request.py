@@ -227,7 +227,7 @@ def choice_of(asked: Request, source: Source, settings: Mapping[str, Any]) -> Ch
         raise ValueError(f"--param: {asked.method} does not take {parameters}: {error}") from None
     if isinstance(processor, CalibratedProcessor) and processor.calibrated is not None:
         processor.calibrated.check_grid(grid_of(source, settings))
-    if asked.density is not None and "density" not in known:
+    if asked.density is not None:
         processor.at_density(asked.density, TokenLayout(grid_of(source, settings)))
     schedule = asked.schedule or (source.family.schedule if preset is None else preset.schedule)
     if "calibration" in parameters:

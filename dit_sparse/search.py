@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from dit_sparse.generate import _call, _load, say
+from dit_sparse.generate import call_of, placed_pipeline, say
 from dit_sparse.request import Request, check_flags, choice_of, device_of, settings_of
 
 COUNT = 4
@@ -45,8 +45,8 @@ def calibrate(asked: Request, *, prompts: Sequence[str], prompt_file: Path | Non
     assert isinstance(method, CalibratedProcessor)
     if method.calibrated is not None:
         raise ValueError(f"--param calibration: {asked.output} is to be made, got one that exists")
-    pipe = _load(asked, source, device, settings)
-    call = _call(asked, source, settings)
+    pipe = placed_pipeline(asked, source, device, settings)
+    call = call_of(asked, source, settings)
     del call["prompt"]
     pipe.set_progress_bar_config(desc="calibrating")
     found = search(

@@ -422,3 +422,13 @@ def test_nothing_is_remembered_beyond_the_last_step() -> None:
     hook.remove()
     assert kept == [3, 6, 6, 6, 6, 6, 3, 0]  # three layers, two branches
     assert sum(row.where.phase is Phase.SPARSE for row in session.report().rows) == 2 * 2 * 3
+
+
+@torch.no_grad()
+def test_a_density_by_name_is_that_of_all_pairs() -> None:
+    """Also of a method that calls its own share of the grid "density"."""
+    model = tiny.wan()
+    session = dit_sparse.apply(model, "draft", density=0.5, pool=(2, 2), schedule="always")
+    model(**tiny.wan_inputs())
+    assert session.report().sparse_density == pytest.approx(0.5, abs=0.02)
+    assert session.report().about["requested density"] == "0.5"

@@ -290,7 +290,7 @@ def test_bad_input_is_one_line(
     def no_weights(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded before the input was checked")
 
-    monkeypatch.setattr(generate, "_load", no_weights)
+    monkeypatch.setattr(generate, "placed_pipeline", no_weights)
     defaults = ["--output", "out.mp4", *SIZE]
     result = run("generate", "--model", folder, "--prompt", "a", *defaults, *arguments)
     assert_one_line(result, *words)

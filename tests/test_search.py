@@ -137,7 +137,7 @@ def test_bad_input_is_one_line(
     def no_weights(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded before the input was checked")
 
-    monkeypatch.setattr(search, "_load", no_weights)
+    monkeypatch.setattr(search, "placed_pipeline", no_weights)
     given = ["--model", folder, "--method", "sparse_vdit", "--output", "c.json", *SIZE, *PROMPTS, *arguments]
     assert_one_line(run("calibrate", *given), *words)
     assert not list(tmp_path.iterdir())

@@ -326,7 +326,7 @@ def test_ctrl_c_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest
 
     def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.step_index == 1:
-            raise KeyboardInterrupt  # what Ctrl-C becomes; a real signal may fall into a finaliser, and be lost
+            raise KeyboardInterrupt  # a real signal may fall into a finaliser and be lost
         return stock(self, *args, **kwargs)
 
     monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step", interrupted)

@@ -14,7 +14,7 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -35,7 +35,7 @@ from dit_sparse.pipelines.tiny import data
 from dit_sparse.pipelines.wan_presets import PRESETS
 from dit_sparse.processors import METHODS
 from dit_sparse.processors.random import RandomProcessor
-from dit_sparse.stopwatch import spanned
+from dit_sparse.stopwatch import span_timer, spanned
 from dit_sparse.video import check_writable, staged
 
 SCHEDULE = "dense 0-25%, 92-100%"
@@ -73,18 +73,19 @@ def generate(pipe: Any, prompt: str, seed: int, method: SparseProcessor | None) 
 
     Without a method every call is left to the model, and timed.
     """
-    attention: list[tuple[float, float]] = []
-    planning: list[tuple[float, float]] = []
+    attention: list[tuple[Any, Any]] = []
+    planning: list[tuple[Any, Any]] = []
+    read, total = span_timer(pipe)
     cls: Any = type(method)
     stock = cls.__dict__.get("plan")
     schedule = SCHEDULE if method is not None else "dense 0-100%"
     with dit_sparse.apply(pipe, method or "dense", schedule=schedule) as session:
         for part in session.parts:
             for at in part.layers:
-                at.processor._core = spanned(at.processor._core, time.perf_counter, attention)
+                at.processor._core = spanned(at.processor._core, read, attention)
         if method is not None:
             # On the class: methods are frozen. Plans made within a plan (a wrapped method's) are not its own.
-            cls.plan = _timed_method(cls.plan, planning)
+            cls.plan = spanned(cls.plan, read, planning)
         try:
             start = time.perf_counter()
             generator = torch.Generator().manual_seed(seed)
@@ -97,19 +98,8 @@ def generate(pipe: Any, prompt: str, seed: int, method: SparseProcessor | None) 
                 else:
                     cls.plan = stock
         report = session.report()
-    row = {"seconds": seconds, "attention": _total(attention), "planning": _total(planning)}
+    row = {"seconds": seconds, "attention": total(attention), "planning": total(planning)}
     return frames, {**row, "density": report.density, "sparse_density": report.sparse_density}
-
-
-def _timed_method(function: Callable[..., Any], spans: list[tuple[float, float]]) -> Callable[..., Any]:
-    def plan(self: SparseProcessor, *args: Any) -> Any:
-        return spanned(partial(function, self), time.perf_counter, spans)(*args)
-
-    return plan
-
-
-def _total(spans: Sequence[tuple[float, float]]) -> float:
-    return sum(end - start for start, end in spans)
 
 
 class Study:

@@ -29,8 +29,9 @@ from dit_sparse.clock import Clock
 from dit_sparse.core import Attachment, Redirected
 from dit_sparse.kernels.ops import BACKENDS
 from dit_sparse.layout import TokenLayout
-from dit_sparse.method import Layer, SparseProcessor
+from dit_sparse.method import SparseProcessor
 from dit_sparse.pipelines import Family, family_of
+from dit_sparse.pipelines.matrix import refusal
 from dit_sparse.router import Forward, Part, Router
 from dit_sparse.schedule import Schedule
 
@@ -49,13 +50,20 @@ class _Hook:
 
 
 class _HiddenHook:
-    """Keeps the hidden states an attention module was called with, for a method that reads them."""
+    """Keeps the hidden states an attention module was called with, for a method that reads them.
+
+    Where text joins the sequence only inside the module, it has two: they are kept as given, and put in order
+    when the layout of the call is known.
+    """
 
     def __init__(self, at: Attachment) -> None:
         self.at = at
+        self.names = list(signature(type(at.module).forward).parameters)[1:]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.at.hidden = args[0] if args else kwargs["hidden_states"]
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        joined = self.at.part.family.joint and given.get("encoder_hidden_states") is not None
+        self.at.hidden = given["hidden_states"], given["encoder_hidden_states"] if joined else None
 
     def __reduce__(self) -> Any:
         return _NoHook, ()
@@ -92,7 +100,7 @@ class Session(Router):
         )
         self.parts: list[Part] = []
         self._clock = Clock(pipe)
-        self._grid: TokenLayout | None = None
+        self._grid: TokenLayout | str | None = None
         self._warned = False
         self._untrained = False
         self._undo: list[Callable[[], object]] = []
@@ -202,27 +210,30 @@ class Session(Router):
         part = Part(name, model, family, signature(type(model).forward))
         self.parts.append(part)
         uncovered = []
-        for path, index, count in family.layers(model):
-            method = self.method.get(f"{path}.processor") if isinstance(self.method, Mapping) else self.method
+        for layer in family.layers(model):
+            key = f"{layer.name}.processor"
+            method = self.method.get(key) if isinstance(self.method, Mapping) else self.method
             if method is None:
                 continue
-            module: Any = model.get_submodule(path)
-            width = module.to_q.out_features // module.heads
-            layer = Layer(index, path, count, module.heads, width, module.to_q.in_features)
+            why = refusal(family, method)
+            if why:
+                raise ValueError(f"{type(method).__name__} does not apply to {type(model).__name__}: {why}")
+            module: Any = model.get_submodule(layer.name)
             if isinstance(method, CalibratedProcessor):
                 method.check_model(model)
             schedule = self.schedule.with_refresh(method.refresh)
             at = Attachment(self, part, layer, module, method, schedule, module.processor)
             if not at.redirect():
-                uncovered.append(f"{path} ({type(at.stock).__name__})")
+                uncovered.append(f"{layer.name} ({type(at.stock).__name__})")
                 continue
             part.layers.append(at)
             self._undo.append(at.restore)
             branch = method.module(layer)
             if branch is not None:
-                weight = module.to_q.weight
+                weight = next(module.parameters())
+                computed_in = (torch.float32, torch.bfloat16, torch.float16)  # weights may be stored in less
                 module.sparse_branch = branch.to(
-                    weight.device, weight.dtype if weight.is_floating_point() else None
+                    weight.device, weight.dtype if weight.dtype in computed_in else None
                 )
                 self._undo.append(partial(module._modules.pop, "sparse_branch"))
                 self._untrained |= method.needs_training
@@ -271,8 +282,9 @@ class Session(Router):
     def _begin(self, part: Part, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """At the start of every forward pass of a transformer."""
         arguments = part.arguments.bind(part.model, *args, **kwargs).arguments
-        grid = part.family.layout(part.model, arguments)
-        tick = self._clock.tick(arguments, grid, part.family.branches)
+        family = part.family
+        grid = family.layout(part.model, arguments)
+        tick = self._clock.tick(arguments.get(family.timestep), grid, family.branches)
         if tick.first:
             self._records.clear()
             if self._grid != grid:
@@ -297,7 +309,9 @@ class Session(Router):
                 "dit_sparse.apply(pipe, ...) and call the pipeline to have them",
                 stacklevel=2,
             )
-        part.forward = Forward(grid, tick, part.family.anchors(part.model, arguments))
+        part.forward = Forward(
+            grid, tick, family.anchors(part.model, arguments), family.positions(part.model, arguments)
+        )
         if torch.is_grad_enabled():
             self._undo += wrap(part)
 

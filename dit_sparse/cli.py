@@ -167,8 +167,15 @@ def methods() -> None:
 
 
 @app.command()
-def models() -> None:
+def models(
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Which method runs in which transformer instead.")
+    ] = False,
+) -> None:
     """List the models that have a name, with their Hub ids."""
+    if matrix:
+        _matrix()
+        return
     from dit_sparse.pipelines.load import TINY, checkpoints
 
     rows = [
@@ -274,6 +281,22 @@ def _plainly(stopped: str) -> Iterator[None]:
             raise
         say("error: out of GPU memory; try --offload model or group, fewer frames, or a smaller size")
         raise typer.Exit(1) from None
+
+
+def _matrix() -> None:
+    """Transformers by methods; why not, below."""
+    from rich.console import Console
+
+    from dit_sparse.pipelines.matrix import matrix
+
+    table = matrix()
+    reasons = list(dict.fromkeys(why for row in table.values() for why in row.values() if why))
+    marks = {why: str(i + 1) for i, why in enumerate(reasons)}
+    names = list(next(iter(table.values())))
+    rows = [(cls, *("x" if not row[n] else marks[row[n]] for n in names)) for cls, row in table.items()]
+    _table(("model", *names), rows)
+    for why, mark in marks.items():
+        Console().print(f"{mark}: {why}", highlight=False)
 
 
 def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:

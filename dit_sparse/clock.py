@@ -7,7 +7,7 @@ Sources, best first: the numbers diffusers passes to ``cache_context``; the pipe
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +33,7 @@ class Clock:
     def __init__(self, pipe: Any) -> None:
         self._pipe = weakref.ref(pipe) if pipe is not None else None
         self._context: tuple[str, int | None, int | None] = ("", None, None)
-        self._last: tuple[int | None, TokenLayout] | None = None
+        self._last: tuple[int | None, TokenLayout | str] | None = None
         self._stopped_at: int | None = None
         self._forwards = 0
         self._branches: set[str] = set()
@@ -65,17 +65,17 @@ class Clock:
             shadows["_reset_stateful_cache"] = reset
         return shadows
 
-    def tick(self, arguments: Mapping[str, Any], grid: TokenLayout, branches: tuple[str, ...]) -> Tick:
+    def tick(self, timestep: Any, grid: TokenLayout | str, branches: tuple[str, ...]) -> Tick:
         """Read the clock at the start of a forward pass.
 
         Args:
-            arguments: The bound arguments of the transformer's forward.
-            grid: Its token layout; another one starts another run.
+            timestep: What the transformer is given as such.
+            grid: Its token layout, or why there is none; another one starts another run.
             branches: Names of a step's forward passes in call order, where diffusers gives none.
         """
         name, step, steps = self._context
         if step is None:
-            step, steps = self._scheduler(arguments)
+            step, steps = self._scheduler(timestep)
         last, self._last = self._last, (step, grid)
         first = last is None or last[1] != grid or (last[0] is None) != (step is None)
         if not first and step is not None and last is not None and last[0] is not None:
@@ -89,7 +89,7 @@ class Clock:
             name = branches[self._forwards] if self._forwards < len(branches) else f"call{self._forwards}"
         return Tick(step, steps, name, first)
 
-    def _scheduler(self, arguments: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    def _scheduler(self, timestep: Any) -> tuple[int | None, int | None]:
         scheduler = getattr(self._pipe() if self._pipe is not None else None, "scheduler", None)
         if getattr(scheduler, "num_inference_steps", None) is None:
             return None, None
@@ -100,7 +100,7 @@ class Clock:
             if index is not None and index == self._stopped_at:
                 return None, None  # the scheduler still stands where the last run left it
             return index or 0, len(timesteps)
-        here = torch.as_tensor(arguments["timestep"]).flatten()[:1].to(timesteps)
+        here = torch.as_tensor(timestep).flatten()[:1].to(timesteps)
         found = (timesteps == here).nonzero()
         return (int(found[0]), len(timesteps)) if len(found) else (None, None)
 

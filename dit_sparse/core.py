@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dit_sparse.method import Layer, SparseProcessor
+from dit_sparse.layout import Layer
+from dit_sparse.method import SparseProcessor
 from dit_sparse.redirect import DISPATCH, SDPA, redirected
 from dit_sparse.schedule import Schedule
 
@@ -45,12 +46,12 @@ class Attachment:
     schedule: Schedule
     stock: Any
     processor: Any = None
-    hidden: Tensor | None = None
+    hidden: tuple[Tensor, Tensor | None] | None = None
 
     def redirect(self) -> bool:
         """Replace the module's processor by a redirected copy; False when it makes no core attention call."""
         stock: type = type(self.stock)
-        cls = redirected(stock, Redirected)
+        cls = redirected(stock, Redirected, self.part.family.edit)
         if cls is None:
             return False
         handle = next(_HANDLES)

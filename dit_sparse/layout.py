@@ -1,4 +1,4 @@
-"""TokenLayout: what each token of one transformer call is."""
+"""TokenLayout, what each token of one transformer call is, and Layer, one of its attention layers."""
 
 from __future__ import annotations
 
@@ -72,3 +72,25 @@ class TokenLayout:
     def text_start(self) -> int:
         """Position of the first text token in the model's sequence."""
         return 0 if self.text_first else self.prefix + self.tokens + self.suffix
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One self-attention layer over the token grid.
+
+    Args:
+        index: 0-based place among ``count``, in the order in which tokens pass them.
+        name: Path of the attention module in the transformer.
+        count: Layers of the model; schedules speak of shares of it.
+        heads: Query heads.
+        head_dim: Channels of a head.
+        dim: Channels of the hidden states it projects q, k and v from.
+    """
+
+    index: int
+    name: str
+    count: int
+    heads: int
+    head_dim: int
+    dim: int
+    """Channels of the hidden states it projects q, k and v from."""

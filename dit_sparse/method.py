@@ -14,7 +14,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from dit_sparse.layout import TokenLayout
+from dit_sparse.layout import Layer, TokenLayout
 from dit_sparse.order import Order, broadcast_heads
 from dit_sparse.plan import PackedPlan, Plan, blocks_of
 from dit_sparse.schedule import Phase
@@ -22,19 +22,6 @@ from dit_sparse.schedule import Phase
 T = TypeVar("T")
 
 READS = frozenset({"layout", "layer", "step", "qk"})
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One attention layer of a model: what :meth:`SparseProcessor.module` may build trainable parts from."""
-
-    index: int
-    name: str
-    count: int
-    heads: int
-    head_dim: int
-    dim: int
-    """Channels of the hidden states it projects q, k and v from."""
 
 
 class ZeroLinear(nn.Linear):
@@ -320,6 +307,11 @@ class SparseProcessor:
     """Whether :meth:`module` has parameters without which the method is not what its paper says."""
     trained_with: ClassVar[tuple[str, ...]] = ()
     """Fields, of JSON values, without which trained parts are useless: a session refuses others' parts."""
+
+    @property
+    def needs_frames(self) -> str:
+        """Why the method has no meaning for images, which are one frame; empty where it has one."""
+        return ""
 
     @property
     def reads_hidden(self) -> bool:

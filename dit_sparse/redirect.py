@@ -14,6 +14,7 @@ import ast
 import inspect
 import textwrap
 import types
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -51,8 +52,12 @@ class _Redirect(ast.NodeTransformer):
 
 
 @cache
-def redirected(cls: type, mixin: type) -> type | None:
+def redirected(cls: type, mixin: type, edit: Callable[[ast.FunctionDef], None] | None = None) -> type | None:
     """A subclass of ``cls`` whose core attention call goes to ``mixin._core``.
+
+    Args:
+        edit: A further change to the parsed ``__call__``, in place; what it adds takes the place of
+            something, so that line numbers stay.
 
     Returns:
         The class, the same for every layer (so a compiled graph is shared), or None when ``cls.__call__``
@@ -81,6 +86,8 @@ def redirected(cls: type, mixin: type) -> type | None:
     definition = rewrite.visit(definition)
     if not rewrite.hits:
         return None
+    if edit is not None:
+        edit(definition)
     _strip(definition)
     tree = ast.fix_missing_locations(ast.Module([definition], []))
     ast.increment_lineno(tree, code.co_firstlineno - 1)

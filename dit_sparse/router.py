@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from inspect import Signature
@@ -35,21 +36,51 @@ class Part:
     forward: Forward | None = None
 
 
+Site = tuple[Attachment, int]
+"""What remembers: a layer, or one batch item of it."""
+
+
 @dataclass(frozen=True, eq=False)
 class Forward:
     """One forward pass of a transformer: written by its pre-hook, read by every layer's core.
 
-    ``replays`` marks the recomputation of a forward under gradient checkpointing: it takes the plans and
-    memories of the first pass, and is not counted.
+    Args:
+        grid: The token layout without text, or why there is none.
+        anchors: Leading frames every query must be able to read.
+        positions: Where the tokens of ``grid`` stand in the model's sequence, if not in this order.
+        replays: The forward is recomputed under gradient checkpointing: it takes the plans and memories of
+            the first pass, and is not counted.
     """
 
-    grid: TokenLayout
+    grid: TokenLayout | str
     tick: Tick
     anchors: int
+    positions: Tensor | None = None
     replays: bool = False
     masks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    indices: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
     plans: dict[Any, Plan] = field(default_factory=dict)
-    caches: dict[int, tuple[Phase, dict[str, Any]]] = field(default_factory=dict)
+    caches: dict[Site, tuple[Phase, dict[str, Any]]] = field(default_factory=dict)
+    calls: Counter[int] = field(init=False, default_factory=Counter)
+
+    def site(self, at: Attachment) -> Site:
+        """The layer, and which batch item where its processor calls attention for each of them."""
+        item = self.calls[id(at)] if at.part.family.per_item else 0
+        self.calls[id(at)] += 1
+        return at, item
+
+    def index(self, tokens: int, device: torch.device) -> Tensor | None:
+        """int64 [S]: ``positions`` and then every other token of a sequence; None for the same order."""
+        if self.positions is None:
+            return None
+        key = tokens, device
+        if key not in self.indices:
+            positions = self.positions.to(device)
+            is_text = torch.ones(tokens, dtype=torch.bool, device=device)
+            is_text[positions] = False
+            rest = is_text.nonzero().flatten() if tokens > len(positions) else positions[:0]
+            self.indices[key] = torch.cat([positions, rest])
+        return self.indices[key]
 
 
 class Router:
@@ -84,7 +115,7 @@ class Router:
         self.full_plan_is_dense = True
         """Whether an all-kept static plan takes the model's own dense call (reported as "full plan")."""
         self._records: dict[Where, Record] = {}
-        self._memory: dict[tuple[Attachment, str], dict[str, Any]] = {}
+        self._memory: dict[tuple[Site, str], dict[str, Any]] = {}
         self._made: dict[tuple[Any, ...], Any] = {}
         self._backends: dict[tuple[torch.device, bool, Rule | None], tuple[str, str]] = {}
 
@@ -112,8 +143,20 @@ class Router:
     ) -> Tensor | None:
         """One attention call: the sparse result [B, H, S, D], or None when the model's own call is to run."""
         forward = at.part.forward or _NOWHERE
-        hidden, at.hidden = at.hidden, None  # a layer's hidden states are not kept beyond its call
+        given, at.hidden = at.hidden, None  # a layer's hidden states are not kept beyond its call
+        site = forward.site(at)
         layout, valid, reason = self._understand(at, forward, q, k, mask, odd)
+        hidden = None
+        if layout is not None and given is not None:
+            hidden = _one_sequence(given, layout)
+            if hidden.shape[1] != q.shape[2]:
+                layout, reason = (
+                    None,
+                    (
+                        f"the method reads hidden states, of which the layer is given {hidden.shape[1]} for "
+                        f"{q.shape[2]} tokens"
+                    ),
+                )
         if layout is None:
             if self.strict:
                 raise ValueError(f"{at.layer.name} cannot run sparse: {reason}")
@@ -123,9 +166,9 @@ class Router:
         phase = at.schedule.phase(tick.step, tick.steps, at.layer.index, at.layer.count)
         if tick.step is not None and tick.step + 1 == tick.steps:
             # What was remembered can be gigabytes, for which the autoencoder that follows has a use.
-            remembered = self._memory.pop((at, tick.branch), {})
+            remembered = self._memory.pop((site, tick.branch), {})
         else:
-            remembered = self._memory.setdefault((at, tick.branch), {})
+            remembered = self._memory.setdefault((site, tick.branch), {})
         if phase is Phase.DENSE:
             self._left_dense(at, forward, q, k, valid, "schedule")
             return None
@@ -133,7 +176,12 @@ class Router:
         if self.density is not None:
             density = self.density
             method = self._once((method, layout), lambda: at.method.at_density(density, layout))
-        call = self._call(at, forward, layout, phase, q, k, valid, scale, remembered)
+        index = forward.index(q.shape[2], q.device)
+        if index is not None:
+            q, k, v = (x.index_select(2, index) for x in (q, k, v))
+            valid = None if valid is None else valid[:, index]
+            hidden = None if hidden is None else hidden[:, index]
+        call = self._call(site, forward, layout, phase, q, k, valid, scale, remembered)
         if method.orders_by_qk:
             order = method.order(call).to(q.device)
         else:
@@ -153,8 +201,8 @@ class Router:
                 return None
         out = order.undo(method.attend(order.apply(q), order.apply(k), order.apply(v), call))
         if torch.is_grad_enabled() and not forward.replays:
-            forward.caches[id(at)] = call.phase, dict(call.cache)
-        return out
+            forward.caches[site] = call.phase, dict(call.cache)
+        return out if index is None else out.index_select(2, index.argsort())
 
     def _understand(
         self, at: Attachment, forward: Forward, q: Tensor, k: Tensor, mask: Tensor | None, odd: bool
@@ -166,7 +214,10 @@ class Router:
             return None, None, "causal, dropout, a block mask or context parallelism"
         if k.shape[2] != q.shape[2]:
             return None, None, f"{q.shape[2]} queries read {k.shape[2]} keys of another sequence"
-        layout, rest = forward.grid, q.shape[2] - forward.grid.sequence
+        layout = forward.grid
+        if isinstance(layout, str):
+            return None, None, layout
+        rest = q.shape[2] - layout.sequence
         if rest < 0 or (rest > 0 and not at.part.family.joint):
             sizes = "x".join(map(str, layout.grid))
             return None, None, f"the sequence has {q.shape[2]} tokens, the grid {sizes} has {layout.sequence}"
@@ -176,7 +227,8 @@ class Router:
             return layout, None, ""
         if id(mask) in forward.masks:
             return layout, forward.masks[id(mask)][1], ""
-        valid = _key_validity(mask, q.shape[0], layout.sequence)
+        read = at.part.family.validity
+        valid = read(mask) if read is not None else _key_validity(mask, q.shape[0], layout.sequence)
         if isinstance(valid, str):
             return None, None, valid
         # The mask is kept with what was read from it, so that its id cannot become another's.
@@ -185,7 +237,7 @@ class Router:
 
     def _call(
         self,
-        at: Attachment,
+        site: Site,
         forward: Forward,
         layout: TokenLayout,
         phase: Phase,
@@ -195,12 +247,12 @@ class Router:
         scale: float | None,
         cache: dict[str, Any],
     ) -> Call:
-        tick, device, training = forward.tick, q.device, torch.is_grad_enabled()
+        (at, _), tick, device, training = site, forward.tick, q.device, torch.is_grad_enabled()
         needs_grad = training and any(x.requires_grad for x in (q, k))
         if not cache and "step" in at.method.reads and not at.method.is_static:
             phase = Phase.REFRESH
         if forward.replays:
-            phase, cache = forward.caches.get(id(at), (phase, cache))  # none for a call left to the model
+            phase, cache = forward.caches.get(site, (phase, cache))  # none for a call left to the model
 
         runs = itertools.count()
 
@@ -226,7 +278,7 @@ class Router:
             if method.is_static:
                 key = *self._key("plan", method, call, q), forward.anchors
                 return self._once(key, lambda: whole().to(device))
-            mine = id(at), method
+            mine = site, method
             if forward.replays and mine in forward.plans:
                 return forward.plans[mine]
             plan = whole()
@@ -299,6 +351,14 @@ class Router:
 
 
 _NOWHERE = Forward(TokenLayout((1, 1, 1)), Tick(None, None, "cond", False), 0)
+
+
+def _one_sequence(hidden: tuple[Tensor, Tensor | None], layout: TokenLayout) -> Tensor:
+    """The hidden states of grid and text in the order of the attention call, [B, S, C]."""
+    grid, text = hidden
+    if text is None:
+        return grid
+    return torch.cat([text, grid] if layout.text_first else [grid, text], dim=1)
 
 
 def _is_full(plan: Plan) -> bool:

@@ -1,12 +1,11 @@
 """Model families: one file each, found by the transformer's class name."""
 
 from importlib import import_module
-
-from torch import nn
+from typing import Any
 
 from dit_sparse.pipelines.family import Checkpoint, Family, Preset
 
-__all__ = ["FAMILIES", "Checkpoint", "Family", "Preset", "family_of"]
+__all__ = ["FAMILIES", "NOTHING_TO_DO", "Checkpoint", "Family", "Preset", "families", "family_of"]
 
 FAMILIES: dict[str, str] = {
     "WanTransformer3DModel": "wan",
@@ -14,8 +13,19 @@ FAMILIES: dict[str, str] = {
 }
 """Transformer class in diffusers -> file of its family."""
 
+NOTHING_TO_DO: dict[str, str] = {}
+"""Transformer class in diffusers -> why there is nothing to make sparse in it."""
 
-def family_of(model: nn.Module) -> Family:
+
+def families() -> dict[str, Family]:
+    """File of a family -> the family, in the order of the table."""
+    return {
+        file: import_module(f"dit_sparse.pipelines.{file}").FAMILY
+        for file in dict.fromkeys(FAMILIES.values())
+    }
+
+
+def family_of(model: Any) -> Family:
     """The family of a transformer, by its class or a base class of it.
 
     Raises:
@@ -24,5 +34,9 @@ def family_of(model: nn.Module) -> Family:
     for cls in type(model).__mro__:
         if cls.__name__ in FAMILIES:
             return import_module(f"dit_sparse.pipelines.{FAMILIES[cls.__name__]}").FAMILY
+        if cls.__name__ in NOTHING_TO_DO:
+            raise ValueError(
+                f"there is nothing to make sparse in {cls.__name__}: {NOTHING_TO_DO[cls.__name__]}"
+            )
     known = ", ".join(sorted(FAMILIES))
     raise ValueError(f"{type(model).__name__} is not a supported transformer; supported are {known}")

@@ -12,12 +12,10 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.pipelines import FAMILIES, tiny
+from dit_sparse.pipelines import FAMILIES, families, tiny
 from dit_sparse.pipelines.family import Checkpoint, Family
 
 if TYPE_CHECKING:
@@ -35,8 +33,8 @@ def checkpoints() -> dict[str, Checkpoint]:
         {**tiny.DEFAULT, "fps": 16},
     )
     found = {TINY: bundled}
-    for file in dict.fromkeys(FAMILIES.values()):
-        found.update(import_module(f"dit_sparse.pipelines.{file}").FAMILY.checkpoints)
+    for family in families().values():
+        found.update(family.checkpoints)
     return found
 
 
@@ -65,7 +63,7 @@ class Source:
     @property
     def family(self) -> Family:
         """The family of its transformer."""
-        return self._module.FAMILY
+        return families()[FAMILIES[self.transformer["_class_name"]]]
 
     @property
     def size(self) -> str | None:
@@ -73,28 +71,28 @@ class Source:
         if self.checkpoint is not None:
             return self.checkpoint.size
         experts = sum(bool(_class(self.index, name)) for name in ("transformer", "transformer_2"))
-        return self._module.size_of(self.transformer, experts)
+        return self.family.preset_size(self.transformer, experts)
 
     @property
     def multiples(self) -> tuple[int, int, int]:
-        """(t, h, w): frames are one above a multiple of t, height and width multiples of h and w."""
-        return self._module.multiples(self.transformer, self.vae)
+        """(t, h, w) that the size of a video must be multiples of.
+
+        Frames are one above a multiple of t where the family's first frame stands alone.
+        """
+        return (self.family.multiples or self.family.pixels)(self.transformer, self.vae)
 
     def grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """The token grid of a video of this size, which fits :attr:`multiples`."""
-        frames, *sides = self._module.pixels(self.transformer, self.vae)
-        return (num_frames - 1) // frames + 1, height // sides[0], width // sides[1]
+        frames, *sides = self.family.pixels(self.transformer, self.vae)
+        alone = int(self.family.lone_first_frame)
+        return (num_frames - alone) // frames + alone, height // sides[0], width // sides[1]
 
     def pipeline_class(self, image: bool) -> str:
         """The class in diffusers that runs it with or without an image; ValueError where it cannot."""
         try:
-            return self._module.pipeline_class(self.index, image)
+            return self.family.pipeline_class(self.index, image)
         except ValueError as error:
             raise ValueError(f"{self.model}: {error}") from None
-
-    @property
-    def _module(self) -> ModuleType:
-        return import_module(f"dit_sparse.pipelines.{FAMILIES[self.transformer['_class_name']]}")
 
 
 def find(model: str) -> Source:

@@ -4,32 +4,43 @@ dense. What each method does at each size is in ``wan_presets.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import lcm
 from typing import Any
 
-from dit_sparse.layout import TokenLayout
-from dit_sparse.pipelines.family import Checkpoint, Family
+from dit_sparse.layout import Layer, TokenLayout
+from dit_sparse.pipelines.family import Arguments, Checkpoint, Config, Family, numbered, patches
 from dit_sparse.pipelines.wan_presets import PRESETS
 
+TINY: Config = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 32,
+    "ffn_dim": 32,
+    "num_layers": 3,
+    "cross_attn_norm": True,
+    "rope_max_seq_len": 64,
+}
 
-def layers(model: Any) -> list[tuple[str, int, int]]:
+
+def layers(model: Any) -> list[Layer]:
     """``blocks.*.attn1``, and VACE's control blocks under the index of the block they feed."""
     count = len(model.blocks)
-    found = [(f"blocks.{i}.attn1", i, count) for i in range(count)]
-    if hasattr(model, "vace_blocks"):
-        found += [(f"vace_blocks.{i}.attn1", at, count) for i, at in enumerate(model.config.vace_layers)]
-    return found
+    own = [f"blocks.{i}.attn1" for i in range(count)]
+    fed = list(model.config.vace_layers) if hasattr(model, "vace_blocks") else []
+    control = [f"vace_blocks.{i}.attn1" for i in range(len(fed))]
+    return numbered(model, own + control, index=[*range(count), *fed], count=count)
 
 
-def layout(model: Any, args: Mapping[str, Any]) -> TokenLayout:
-    """``hidden_states`` is [B, C, F, H, W]; patches do not overlap."""
-    _, _, *size = args["hidden_states"].shape
-    frames, height, width = (n // p for n, p in zip(size, model.config.patch_size, strict=True))
-    return TokenLayout((frames, height, width))
+def layout(model: Any, args: Arguments) -> TokenLayout:
+    """``hidden_states`` is [B, C, F, H, W]."""
+    return TokenLayout(patches(args["hidden_states"].shape[2:], model.config.patch_size))
 
 
-def anchors(model: Any, args: Mapping[str, Any]) -> int:
+def anchors(model: Any, args: Arguments) -> int:
     """The given image is the first frame. It comes as extra input channels, or (TI2V) with a timestep of its
     own.
 
@@ -40,7 +51,7 @@ def anchors(model: Any, args: Mapping[str, Any]) -> int:
     return int(extra_channels or args["timestep"].ndim == 2)
 
 
-def size_of(transformer: Mapping[str, Any], experts: int) -> str | None:
+def size_of(transformer: Config, experts: int) -> str | None:
     """The key of the presets, read off a transformer's config for fine-tuned copies; None where unknown.
 
     Args:
@@ -52,7 +63,7 @@ def size_of(transformer: Mapping[str, Any], experts: int) -> str | None:
     return "a14b" if size == "14b" and experts == 2 else size
 
 
-def pixels(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int, int]:
+def pixels(transformer: Config, vae: Config) -> tuple[int, int, int]:
     """(frames, height, width) that become one token; the first frame is a token frame of its own.
 
     Older configs of the autoencoder do not name its scales; they are the class's defaults, 4 and 8.
@@ -62,7 +73,7 @@ def pixels(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int,
     return frames, height, width
 
 
-def multiples(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int, int]:
+def multiples(transformer: Config, vae: Config) -> tuple[int, int, int]:
     """(t, h, w): frames are one above a multiple of t, height and width are multiples of h and w.
 
     The pipelines ask for multiples of 16 in any case.
@@ -71,7 +82,7 @@ def multiples(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[i
     return frames, lcm(16, height), lcm(16, width)
 
 
-def pipeline_class(index: Mapping[str, Any], image: bool) -> str:
+def pipeline_class(index: Config, image: bool) -> str:
     """The pipeline in diffusers for a ``model_index.json``: Wan2.2 TI2V has two.
 
     Raises:
@@ -105,6 +116,10 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         "14b",
         "text to video, 480p and 720p; on a 24 GB card with --offload group",
         {**_720P, **_WAN21},
+        "WanTransformer3DModel",
+        {},
+        (40, 40, 128),
+        TokenLayout((21, 45, 80)),
     ),
     "wan2.1-i2v": Checkpoint(
         "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
@@ -158,11 +173,18 @@ CHECKPOINTS: dict[str, Checkpoint] = {
 
 FAMILY = Family(
     name="wan",
-    transformers=("WanTransformer3DModel", "WanVACETransformer3DModel"),
+    transformers={
+        "WanTransformer3DModel": TINY,
+        "WanVACETransformer3DModel": {**TINY, "vace_layers": [0, 2], "vace_in_channels": 8},
+    },
     layers=layers,
     layout=layout,
+    pixels=pixels,
     anchors=anchors,
     schedule="dense 0-25%; layers 0",
     presets=PRESETS,
     checkpoints=CHECKPOINTS,
+    multiples=multiples,
+    pipeline_class=pipeline_class,
+    size_of=size_of,
 )

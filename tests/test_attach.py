@@ -17,7 +17,7 @@ from torch import nn
 
 import dit_sparse
 from dit_sparse import Phase, RadialProcessor
-from dit_sparse.method import Layer
+from dit_sparse.layout import Layer
 
 RADIAL = RadialProcessor(block=8, decay=0.3, decimate_below=32)
 

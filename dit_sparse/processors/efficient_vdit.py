@@ -78,6 +78,10 @@ class EfficientVDiTProcessor(CalibratedProcessor):
         if self.metric not in METRICS:
             raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
 
+    @property
+    def needs_frames(self) -> str:
+        return "its tiles lie between frames"
+
     def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
         frames = self.frames
         if self.calibrated is not None:

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dit_sparse.method import Call, Layer, SparseProcessor
+from dit_sparse.layout import Layer
+from dit_sparse.method import Call, SparseProcessor
 from dit_sparse.order import Order
 from dit_sparse.plan import Plan, blocks_of
 

@@ -73,6 +73,10 @@ class RadialProcessor(SparseProcessor):
         if not (0 <= self.column_density < 1 and 0 <= self.column_share < 1):
             raise ValueError(f"column_density and column_share must lie in [0, 1), got {self}")
 
+    @property
+    def needs_frames(self) -> str:
+        return "its bands lie between frames"
+
     def order(self, call: Call) -> Order:
         return (Order.frames if self.variant == "aligned" else Order.raster)(call.layout, self.block)
 

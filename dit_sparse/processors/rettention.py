@@ -85,6 +85,10 @@ class ReTtentionProcessor(SparseProcessor):
     def refresh(self) -> str:
         return f"every {self.period}"
 
+    @property
+    def needs_frames(self) -> str:
+        return self.inner.needs_frames
+
     def order(self, call: Call) -> Order:
         return self.inner.order(call)
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels import pooled_scores
-from dit_sparse.layout import TokenLayout
-from dit_sparse.method import Call, Layer, SparseProcessor, ZeroLinear, share_of_grid
+from dit_sparse.layout import Layer, TokenLayout
+from dit_sparse.method import Call, SparseProcessor, ZeroLinear, share_of_grid
 from dit_sparse.plan import Plan, blocks_of, pair_of, top_k, with_text
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dit_sparse.kernels import pooled_scores
-from dit_sparse.layout import TokenLayout
-from dit_sparse.method import Call, Layer, SparseProcessor, ZeroLinear, share_of_grid
+from dit_sparse.layout import Layer, TokenLayout
+from dit_sparse.method import Call, SparseProcessor, ZeroLinear, share_of_grid
 from dit_sparse.order import Order
 from dit_sparse.plan import Plan, blocks_of, pool, top_k, with_text
 

@@ -154,7 +154,7 @@ def test_image_cross_attention_is_left_alone() -> None:
 
 def test_vace_covers_its_control_blocks() -> None:
     model = models.wan_vace()
-    assert [path for path, _, _ in layers(model)] == [
+    assert [layer.name for layer in layers(model)] == [
         *(f"blocks.{i}.attn1" for i in range(3)),
         *(f"vace_blocks.{i}.attn1" for i in range(2)),
     ]

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 import dit_sparse
 from dit_sparse import Phase
-from dit_sparse.layout import TokenLayout
-from dit_sparse.method import Call, Layer
+from dit_sparse.layout import Layer, TokenLayout
+from dit_sparse.method import Call
 from dit_sparse.processors.linvideo import HedgehogMixture, LinVideoProcessor
 
 LAYOUTS = [TokenLayout((3, 5, 7)), TokenLayout((1, 9, 11), text=5, text_first=True, suffix=3)]

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import dit_sparse
-from dit_sparse.layout import TokenLayout
-from dit_sparse.method import Call, Layer
+from dit_sparse.layout import Layer, TokenLayout
+from dit_sparse.method import Call
 from dit_sparse.plan import pair_of
 from dit_sparse.processors.sla import SLAProcessor
 

@@ -14,8 +14,8 @@ import tiny_models as tiny
 import torch
 
 import dit_sparse
-from dit_sparse.layout import TokenLayout
-from dit_sparse.method import Call, Layer
+from dit_sparse.layout import Layer, TokenLayout
+from dit_sparse.method import Call
 from dit_sparse.processors.vsa import VSAProcessor
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "vsa"

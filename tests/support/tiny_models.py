@@ -5,25 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import tiny_text
 import torch
 from torch import Tensor
 
 from dit_sparse.method import Call, SparseProcessor
+from dit_sparse.pipelines.wan import FAMILY
 from dit_sparse.plan import Plan, blocks_of, pool, top_k
 
-WAN: dict[str, Any] = {
-    "patch_size": (1, 2, 2),
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 16,
-    "freq_dim": 32,
-    "ffn_dim": 32,
-    "num_layers": 3,
-    "cross_attn_norm": True,
-    "rope_max_seq_len": 64,
-}
+WAN = FAMILY.transformers["WanTransformer3DModel"]
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -76,29 +66,16 @@ def wan_vace_inputs(batch: int = 1, **size: int) -> dict[str, Any]:
 
 def wan_pipeline(two: bool = False, layers: int = 3) -> Any:
     """A whole WanPipeline with random weights; ``two`` gives it Wan2.2's second expert."""
-    import tokenizers
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
-    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-    words = ["<pad>", "</s>", "<unk>", "a", "cat", "dog", "runs", "sits"]
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
     torch.manual_seed(0)
-    t5 = UMT5Config(vocab_size=16, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     vae = AutoencoderKLWan(
         base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
         , latents_mean=[0.0] * 4, latents_std=[1.0] * 4
     )  # fmt: skip
     pipe = WanPipeline(
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-        ),
-        text_encoder=UMT5EncoderModel(t5).eval(),
+        tokenizer=tiny_text.tokenizer(),
+        text_encoder=tiny_text.t5(16, umt5=True),
         transformer=wan(num_layers=layers),
         transformer_2=wan(num_layers=layers) if two else None,
         vae=vae.eval(),

@@ -13,6 +13,8 @@ _HOME = {
     "apply": "attach",
     "session": "attach",
     "Session": "attach",
+    "sdpa": "functional",
+    "Run": "functional",
     "TokenLayout": "layout",
     "Order": "order",
     "Plan": "plan",
@@ -49,6 +51,7 @@ __all__ = ["__version__", *_HOME]
 if TYPE_CHECKING:
     from dit_sparse.attach import Session, apply, session
     from dit_sparse.calibration import Calibration, calibrate
+    from dit_sparse.functional import Run, sdpa
     from dit_sparse.layout import TokenLayout
     from dit_sparse.method import Call, SparseProcessor
     from dit_sparse.order import Order

@@ -13,7 +13,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -27,7 +26,6 @@ from dit_sparse.calibration import CalibratedProcessor
 from dit_sparse.checkpointing import Checkpoint, checkpointing, wrap
 from dit_sparse.clock import Clock
 from dit_sparse.core import Attachment, Redirected
-from dit_sparse.kernels.ops import BACKENDS
 from dit_sparse.layout import TokenLayout
 from dit_sparse.method import SparseProcessor
 from dit_sparse.pipelines import Family, family_of
@@ -356,24 +354,12 @@ def apply(
     Raises:
         ValueError: Unknown model class, method, schedule or backend; or nothing to attach to.
     """
-    from dit_sparse.processors import METHODS
+    from dit_sparse.processors import method_of
 
-    if isinstance(method, str):
-        if method not in METHODS:
-            raise ValueError(f"unknown method {method!r}; there are {', '.join(sorted(METHODS))}")
-        names = {f.name for f in fields(METHODS[method])}
-        wrong = sorted(set(parameters) - names)
-        if wrong:
-            raise ValueError(
-                f"{method} has no parameter {', '.join(wrong)}; it has {', '.join(sorted(names))}"
-            )
-        method = METHODS[method](**parameters)
+    if not isinstance(method, Mapping):
+        method = method_of(method, parameters)
     elif parameters:
         raise ValueError(f"parameters {sorted(parameters)} belong to a method given by name, got {method!r}")
-    if not isinstance(method, SparseProcessor | Mapping):
-        raise ValueError(f"method must be a SparseProcessor, a name or a dict of processors, got {method!r}")
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"unknown backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
     models = _transformers(pipe)
     for model in models.values():
         attached = session(model)

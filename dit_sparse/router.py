@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dit_sparse.clock import Tick
 from dit_sparse.core import Attachment
-from dit_sparse.kernels.ops import resolve_backend
+from dit_sparse.kernels.ops import BACKENDS, resolve_backend
 from dit_sparse.layout import TokenLayout
 from dit_sparse.method import Call, SparseProcessor
 from dit_sparse.order import broadcast_heads, fill_counts
@@ -104,6 +104,8 @@ class Router:
         strict: bool,
         seed: int,
     ) -> None:
+        if backend not in ("auto", *BACKENDS):
+            raise ValueError(f"unknown backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
         self.method = method
         self.schedule = (
             schedule.with_refresh(method.refresh) if isinstance(method, SparseProcessor) else schedule

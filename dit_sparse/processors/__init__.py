@@ -1,5 +1,9 @@
 """One method, one file. This is the table of names."""
 
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
 from dit_sparse.method import SparseProcessor, install_seam
 from dit_sparse.processors.adaspa import AdaSpaProcessor
 from dit_sparse.processors.blade import BladeProcessor
@@ -41,3 +45,26 @@ METHODS: dict[str, type[SparseProcessor]] = {
     "window": WindowProcessor,
     "random": RandomProcessor,
 }
+
+
+def method_of(method: SparseProcessor | str, parameters: Mapping[str, Any]) -> SparseProcessor:
+    """A method given as itself, or by name with keywords of its constructor.
+
+    Raises:
+        ValueError: An unknown name or parameter, or parameters beside a method that has its own.
+    """
+    if isinstance(method, SparseProcessor):
+        if parameters:
+            raise ValueError(
+                f"parameters {sorted(parameters)} belong to a method given by name, got {method!r}"
+            )
+        return method
+    if not isinstance(method, str):
+        raise ValueError(f"method must be a SparseProcessor, a name or a dict of processors, got {method!r}")
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; there are {', '.join(sorted(METHODS))}")
+    names = {f.name for f in fields(METHODS[method])}
+    wrong = sorted(set(parameters) - names)
+    if wrong:
+        raise ValueError(f"{method} has no parameter {', '.join(wrong)}; it has {', '.join(sorted(names))}")
+    return METHODS[method](**parameters)

@@ -57,9 +57,7 @@ def test_full_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [at.layer.name for at in layers] == [layer.name for layer in family.layers(model)]
     assert checkpoint.attention is not None
     shape = checkpoint.attention
-    assert {(at.layer.count, at.layer.heads, at.layer.head_dim) for at in layers} == {
-        (depth, heads, head_dim)
-    }
+    assert {(at.layer.count, at.layer.heads, at.layer.head_dim) for at in layers} == {shape}
     assert {at.layer.index for at in layers} == set(range(shape[0]))
 
     understood: dict[str, Any] = {}

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-WORDS = ["<pad>", "</s>", "<unk>", "<s>", *"a the of cat dog bird runs sits dance blue".split()]
+WORDS = ["<pad>", "</s>", "<unk>", "<s>"]
+WORDS += ["a", "the", "of", "cat", "dog", "bird", "runs", "sits", "dance", "blue"]
 PAD, END, UNKNOWN, START = range(4)
 
 

@@ -1,0 +1,1 @@
+"""Other engines' conventions, thinly over ``dit_sparse.sdpa``."""

@@ -73,8 +73,12 @@ def generate(
         list[str] | None, typer.Option(help="LoRA: a file, folder or Hub id; may be given again.")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="Sparse method (see `dit-sparse methods`), or dense for the stock model.")
-    ] = "radial",
+        str,
+        typer.Option(
+            help="Sparse method (see `dit-sparse methods`), dense for the stock model, or auto: radial for "
+            "videos, draft for images."
+        ),
+    ] = "auto",
     density: Annotated[
         float | None,
         typer.Option(help="Share of the token pairs that sparse calls compute, in (0, 1]."),
@@ -96,12 +100,12 @@ def generate(
     device: Device = "auto",
     offload: Offload = "none",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the repeated blocks.")] = False,
-    output: Annotated[Path, typer.Option(help="An .mp4; a manifest goes beside it as .json.")] = Path(
-        "out.mp4"
-    ),
+    output: Annotated[
+        Path, typer.Option(help="An .mp4, or a .png of image models; a manifest goes beside it as .json.")
+    ] = Path("out"),
     compare_dense: Annotated[
         bool,
-        typer.Option("--compare-dense", help="Also make the dense video from the same noise, and compare."),
+        typer.Option("--compare-dense", help="Also make the dense one from the same noise, and compare."),
     ] = False,
     report: Annotated[Path | None, typer.Option(help="Write what ran, call by call, to this .json.")] = None,
 ) -> None:

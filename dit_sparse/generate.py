@@ -1,4 +1,4 @@
-"""One video with a sparse method, beside the dense one where asked: what ``dit-sparse generate`` does.
+"""One video or image with a sparse method, and the dense one where asked: what ``dit-sparse generate`` does.
 
 Everything is checked before weights are loaded. Files appear whole, at the end, or not at all.
 """
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from inspect import signature
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,8 @@ from dit_sparse.request import (
     Choice,
     Request,
     check_flags,
-    check_outputs,
     choice_of,
+    completed,
     device_of,
     flat,
     read_image,
@@ -39,7 +40,7 @@ class Run:
     """One run of a pipeline.
 
     Args:
-        frames: uint8 [F, H, W, 3].
+        frames: uint8 [F, H, W, 3]; an image is one frame.
         seconds: Of the whole call, and in the parts of the pipeline.
         attention: Seconds inside the self-attention core calls; None where they were not timed.
         session: The session it ran in, detached by now; its report stays readable.
@@ -56,9 +57,9 @@ def generate(asked: Request) -> None:
     from dit_sparse.pipelines.load import TINY, find
 
     check_flags(asked)
-    check_outputs(asked)
     device = device_of(asked)
     source = find(asked.model)
+    asked = completed(asked, source.family.video)
     if asked.prompt is None and asked.model != TINY:
         raise ValueError(f"--prompt is missing: what should {asked.model} show?")
     settings = settings_of(asked, source)
@@ -137,8 +138,8 @@ def _set_flow_shift(pipe: Any, value: float) -> None:
 
 
 def _transformers(pipe: Any) -> list[Any]:
-    found = (pipe.components.get(name) for name in ("transformer", "transformer_2"))
-    return [model for model in found if model is not None]
+    names = (name for name in pipe.components if name.startswith("transformer"))
+    return [pipe.components[name] for name in names if pipe.components[name] is not None]
 
 
 def call_of(asked: Request, source: Source, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,13 +149,15 @@ def call_of(asked: Request, source: Source, settings: Mapping[str, Any]) -> dict
     if asked.negative_prompt is not None:
         call["negative_prompt"] = asked.negative_prompt
     if asked.image is not None:
+        import diffusers
         from PIL import ImageOps
 
-        image = ImageOps.fit(read_image(asked.image), (call["width"], call["height"]))
-        if source.pipeline_class(True) == "WanVACEPipeline":
-            call["reference_images"] = [image]
-        else:
-            call["image"] = image
+        image = read_image(asked.image)
+        if "height" in call:
+            image = ImageOps.fit(image, (call["width"], call["height"]))
+        cls = getattr(diffusers, source.pipeline_class(True))
+        takes_one = "image" in signature(cls.__call__).parameters
+        call.update({"image": image} if takes_one else {"reference_images": [image]})
     return call
 
 
@@ -217,15 +220,15 @@ def _run(pipe: Any, call: Mapping[str, Any], asked: Request, name: str | None) -
     generator = torch.Generator().manual_seed(asked.seed)
     with Stopwatch(pipe) as watch:
         start = watch.now()
-        out = pipe(**{"output_type": "np", **call}, generator=generator).frames
+        out = pipe(**{"output_type": "np", **call}, generator=generator)
         total = watch.now() - start
     if name is None:
         return Run(None, {})
-    video = torch.as_tensor(out[0])
-    if not video.isfinite().all():
+    frames = torch.as_tensor(out.frames[0] if "frames" in out else out.images[:1])
+    if not frames.isfinite().all():
         raise ValueError("the model made values that are no numbers; try --dtype bfloat16 or float32")
     seconds = {"total": total, **watch.seconds}
-    return Run((video * 255).round().to(torch.uint8), seconds)
+    return Run((frames * 255).round().to(torch.uint8), seconds)
 
 
 def _manifest(
@@ -294,14 +297,14 @@ def _write(asked: Request, manifest: Mapping[str, Any], run: Run, dense: Run | N
     """Every file, all or none."""
     import torch
 
-    from dit_sparse.video import staged, write_video
+    from dit_sparse.video import staged, write_frames
 
-    fps = manifest["settings"]["fps"]
+    fps = manifest["settings"].get("fps")
     with staged() as stage:
-        write_video(stage(asked.output), run.frames, fps)
+        write_frames(stage(asked.output), run.frames, fps)
         stage(asked.manifest).write_text(json.dumps(manifest, indent=1) + "\n")
         if dense is not None:
-            write_video(stage(asked.comparison), torch.cat([dense.frames, run.frames], dim=2), fps)
+            write_frames(stage(asked.comparison), torch.cat([dense.frames, run.frames], dim=2), fps)
         if run.session is not None and asked.report is not None:
             stage(asked.report).write_text(run.session.report().to_json() + "\n")
 
@@ -330,13 +333,10 @@ def _compared(run: Run, dense: Run) -> dict[str, Any]:
 def _tell(asked: Request, manifest: Mapping[str, Any], run: Run) -> None:
     """What came of it, on standard output."""
     settings, density = manifest["settings"], manifest["density"]
-    lines = [
-        (
-            str(asked.output),
-            f"{len(run.frames)} frames of {settings['height']}x{settings['width']} at {settings['fps']} fps, "
-            f"seed {asked.seed}; manifest {asked.manifest}",
-        )
-    ]
+    count, height, width, _ = run.frames.shape
+    fps = settings.get("fps")
+    what = f"{height}x{width}" if fps is None else f"{count} frames of {height}x{width} at {fps} fps"
+    lines = [(str(asked.output), f"{what}, seed {asked.seed}; manifest {asked.manifest}")]
     if run.session is not None:
         method = manifest["method"]
         backend = method["backend"].split(" (")[0]

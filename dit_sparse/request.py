@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 EXAMPLE = "a red circle moving left and a blue square moving up on a gray background"
 STOCK = ("dense", "none")
+AUTO = {"videos": "radial", "images": "draft"}
+"""The method that ``auto`` means for what a model makes."""
 PRESETS = ("quality", "balanced", "fast")
 OFFLOADS = ("none", "model", "sequential", "group")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -59,7 +61,7 @@ class Request:
 
     @property
     def comparison(self) -> Path:
-        return self.output.with_name(f"{self.output.stem}_compare.mp4")
+        return self.output.with_stem(f"{self.output.stem}_compare")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def check_flags(asked: Request) -> None:
     from dit_sparse.schedule import Schedule
 
     if not asked.is_stock:
-        _one_of("--method", asked.method, (*STOCK, *(m for m in METHODS if m not in STOCK)))
+        _one_of("--method", asked.method, ("auto", *STOCK, *(m for m in METHODS if m not in STOCK)))
     if asked.preset is not None:
         _one_of("--preset", asked.preset, PRESETS)
     _one_of("--offload", asked.offload, OFFLOADS)
@@ -88,21 +90,19 @@ def check_flags(asked: Request) -> None:
     for name in ("height", "width", "num_frames", "steps"):
         value = getattr(asked, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+            raise ValueError(f"{_flag(name)} must be at least 1, got {value}")
     if asked.density is not None and not 0 < asked.density <= 1:
         raise ValueError(f"--density must be above 0 and at most 1, got {asked.density:g}")
     for name in ("guidance_scale", "flow_shift"):
         value = getattr(asked, name)
         if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {value:g}")
+            raise ValueError(f"{_flag(name)} must be above 0, got {value:g}")
     if asked.schedule is not None:
         Schedule.parse(asked.schedule)
     if asked.is_stock:
         for name in ("density", "preset", "schedule", "param", "report", "compare_dense"):
             if getattr(asked, name):
-                raise ValueError(
-                    f"--{name.replace('_', '-')} needs a sparse method, got --method {asked.method}"
-                )
+                raise ValueError(f"{_flag(name)} needs a sparse method, got --method {asked.method}")
     if asked.image is not None:
         read_image(asked.image)
     for lora in asked.lora or ():
@@ -110,12 +110,21 @@ def check_flags(asked: Request) -> None:
             raise ValueError(f"--lora {lora} does not exist, and it is no Hub id (owner/name)")
 
 
-def check_outputs(asked: Request) -> None:
-    """Whether a video, its manifest and a report can be written."""
+def completed(asked: Request, video: bool) -> Request:
+    """The request with what follows from the kind of model: the method, the suffix of the output.
+
+    Raises:
+        ValueError: The video or image, its manifest or a report cannot be written.
+    """
     from dit_sparse.video import check_writable
 
-    if asked.output.suffix.lower() != ".mp4":
-        raise ValueError(f"--output must end in .mp4, got {asked.output}")
+    suffix, what = (".mp4", "videos") if video else (".png", "images")
+    if asked.method == "auto":
+        asked = replace(asked, method=AUTO[what])
+    if not asked.output.suffix:
+        asked = replace(asked, output=asked.output.with_suffix(suffix))
+    if asked.output.suffix.lower() != suffix:
+        raise ValueError(f"{asked.model} makes {what}: --output must end in {suffix}, got {asked.output}")
     if asked.report is not None:
         if asked.report.suffix.lower() != ".json":
             raise ValueError(f"--report must end in .json, got {asked.report}")
@@ -124,6 +133,7 @@ def check_outputs(asked: Request) -> None:
         check_writable("--report", asked.report)
     for path in (asked.output, asked.manifest):
         check_writable("--output", path)
+    return asked
 
 
 def device_of(asked: Request) -> str:
@@ -142,15 +152,27 @@ def device_of(asked: Request) -> str:
     return device
 
 
+_SETTINGS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+
+
 def settings_of(asked: Request, source: Source) -> dict[str, Any]:
-    """Keywords of the call, ``fps`` and ``flow_shift``: the pipeline's defaults, the model's, the flags."""
+    """Keywords of the call, ``fps`` and ``flow_shift``: the pipeline's defaults, the model's, the flags.
+
+    Height and width are left out where the pipeline makes them from its image.
+    """
     import diffusers
 
     own = signature(getattr(diffusers, source.pipeline_class(asked.image is not None)).__call__).parameters
-    names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
-    settings: dict[str, Any] = {**{n: own[n].default for n in names}, "fps": 16, "flow_shift": None}
+    names = [n for n in _SETTINGS if n in own]
+    recommended = {} if source.alike is None else source.alike.defaults
+    settings: dict[str, Any] = (
+        {"fps": 16, "flow_shift": None} if source.family.video else {"flow_shift": None}
+    )
+    for name in names:
+        # A pipeline that leaves its size open takes the one recommended for the model's configuration.
+        settings[name] = recommended.get(name) if own[name].default is None else own[name].default
     if source.checkpoint is not None:
-        settings.update(source.checkpoint.defaults)
+        settings.update(recommended)
     flags = {
         "height": asked.height,
         "width": asked.width,
@@ -159,36 +181,56 @@ def settings_of(asked: Request, source: Source) -> dict[str, Any]:
         "guidance_scale": asked.guidance_scale,
         "flow_shift": asked.flow_shift,
     }
-    settings.update({name: value for name, value in flags.items() if value is not None})
+    flags = {name: value for name, value in flags.items() if value is not None}
+    for name in flags:
+        if name not in (*names, "flow_shift"):
+            raise ValueError(f"{_flag(name)}: the pipeline of {asked.model} has no such setting")
+    settings.update(flags)
     if asked.guidance_scale is not None:
         settings.pop("guidance_scale_2", None)
-    if asked.image is not None and asked.height is None and asked.width is None:
+    sized = {"height", "width"} <= set(names)
+    if asked.image is not None and sized and asked.height is None and asked.width is None:
         settings["height"], settings["width"] = _shape_of(asked.image, settings, source.multiples)
-    frames, height, width = source.multiples
-    over = (settings["num_frames"] - 1) % frames
-    if over:
-        below = settings["num_frames"] - over
-        raise ValueError(
-            f"--num-frames must be one above a multiple of {frames} for {asked.model}, got "
-            f"{settings['num_frames']}; nearest are {below} and {below + frames}"
-        )
-    for name, multiple in (("height", height), ("width", width)):
-        if settings[name] % multiple:
-            below = settings[name] // multiple * multiple
-            near = f"nearest are {below} and {below + multiple}" if below else f"the smallest is {multiple}"
-            raise ValueError(
-                f"--{name} must be a multiple of {multiple} for {asked.model}, got {settings[name]}; {near}"
-            )
-    grid, limit = grid_of(source, settings), source.transformer.get("rope_max_seq_len", 1024)
-    if max(grid) > limit:
+    for name in ("height", "width", "num_frames"):
+        if settings.get(name, 0) is None:
+            raise ValueError(f"{_flag(name)} is missing: nothing says what {asked.model} is made for")
+    _check_multiples(asked.model, settings, source)
+    grid, limit = grid_of(source, settings), source.transformer.get("rope_max_seq_len")
+    if limit is not None and max(grid) > limit:
         raise ValueError(
             f"{asked.model} knows {limit} positions per axis; frames, height and width come to {grid} tokens"
         )
     return settings
 
 
+def _check_multiples(model: str, settings: Mapping[str, Any], source: Source) -> None:
+    """ValueError with the nearest sizes, for one that makes no whole tokens."""
+    alone = int(source.family.lone_first_frame)
+    for name, multiple in zip(("num_frames", "height", "width"), source.multiples, strict=True):
+        if name not in settings:
+            continue
+        extra = alone if name == "num_frames" else 0
+        over = (settings[name] - extra) % multiple
+        if over:
+            below = settings[name] - over
+            near = f"nearest are {below} and {below + multiple}" if below else f"the smallest is {multiple}"
+            raise ValueError(
+                f"{_flag(name)} must be {'one above ' * extra}a multiple of {multiple} for {model}, got "
+                f"{settings[name]}; {near}"
+            )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def grid_of(source: Source, settings: Mapping[str, Any]) -> tuple[int, int, int]:
-    return source.grid(settings["num_frames"], settings["height"], settings["width"])
+    """The token grid; where the pipeline makes its size from the image, that of the model's usual one."""
+    if "height" not in settings:
+        if source.alike is None or source.alike.tokens is None:
+            raise ValueError(f"nothing says what size {source.model} makes")
+        return source.alike.tokens.grid
+    return source.grid(settings.get("num_frames", 1), settings["height"], settings["width"])
 
 
 def _shape_of(image: Path, settings: Mapping[str, Any], multiples: tuple[int, int, int]) -> tuple[int, int]:

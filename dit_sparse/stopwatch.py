@@ -30,11 +30,10 @@ class Stopwatch:
 
     def __enter__(self) -> Stopwatch:
         started: list[float] = []
-        for name in ("transformer", "transformer_2", "text_encoder", "image_encoder"):
-            module = self.pipe.components.get(name)
-            if module is None:
+        for name, module in self.pipe.components.items():
+            part = name.rstrip("_1234")
+            if module is None or part not in ("transformer", "text_encoder", "image_encoder"):
                 continue
-            part = name.removesuffix("_2")
 
             def begin(*_: Any) -> None:
                 started.append(self.now())
@@ -46,8 +45,8 @@ class Stopwatch:
                 module.register_forward_pre_hook(begin).remove,
                 module.register_forward_hook(end).remove,
             ]
-        vae = self.pipe.vae
-        for name in ("encode", "decode"):
+        vae = self.pipe.components.get("vae")
+        for name in ("encode", "decode") if vae is not None else ():
             setattr(vae, name, self._timed(getattr(vae, name), f"vae_{name}"))
             self.undo.append(partial(delattr, vae, name))
         return self

@@ -1,4 +1,4 @@
-"""Videos as files that appear whole or not at all."""
+"""Videos and images as files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from pathlib import Path
 
 import imageio_ffmpeg
 from torch import Tensor
+
+
+def write_frames(path: Path, frames: Tensor, fps: int | None) -> None:
+    """uint8 [F, H, W, 3] as a video, or, without ``fps``, the only frame as an image."""
+    if fps is not None:
+        write_video(path, frames, fps)
+        return
+    from PIL import Image
+
+    Image.fromarray(frames[0].numpy()).save(path)
 
 
 def write_video(path: Path, frames: Tensor, fps: int) -> None:

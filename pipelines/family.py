@@ -58,11 +58,16 @@ class Checkpoint:
     tokens: TokenLayout | None = None
 
 
-def own_pipeline(index: Config, image: bool) -> str:
-    """The pipeline that ``model_index.json`` names, for families without one that starts from an image."""
-    if image:
-        raise ValueError(f"{index['_class_name']} takes no image")
-    return index["_class_name"]
+def own_pipeline(index: Config, image: bool, starts_from_image: str = "ImageToVideo") -> str:
+    """The pipeline that ``model_index.json`` names.
+
+    Args:
+        starts_from_image: What is in the names of those that need an image; the others take none.
+    """
+    name: str = index["_class_name"]
+    if image != (starts_from_image in name):
+        raise ValueError(f"{name} takes no image" if image else f"{name} needs an image")
+    return name
 
 
 @dataclass(frozen=True)
@@ -80,10 +85,12 @@ class Family:
         anchors: (model, arguments) -> leading latent frames every query must be able to read (the image of
             image-to-video models).
         positions: (model, arguments) -> int64 [prefix + grid + suffix], where these tokens stand in the
-            model's sequence when not in this order (text is then whatever is left), or None.
+            model's sequence when not in this order (text is then whatever is left), or None. With an axis
+            before, batch items have places of their own.
         validity: mask of an attention call -> key validity, bool [B or 1, S], where the model's masks are
             known to be more than a key-padding mask of shape [B, 1, 1, S]. None reads and checks them.
-        per_item: The processor makes one attention call for each batch item.
+        items: (model, arguments) -> batch items, where the processor makes one attention call for each of
+            them, in their order and with their own text; 0 where it makes one for all.
         edit: A change to the source of a processor's ``__call__`` beyond the redirected call.
         timestep: Name of the forward's argument with the timestep.
         branches: Names of the forward passes of a step, in call order, where the pipeline gives none.
@@ -97,6 +104,7 @@ class Family:
             ValueError: An image for a model that takes none, or none for one that needs it.
         size_of: (transformer's config, how many transformers) -> key of the presets of a model without a
             name; None where unknown. By default that of the checkpoint with the same configuration.
+        float32: Components that stay in float32 whatever the transformer's dtype.
     """
 
     name: str
@@ -109,7 +117,7 @@ class Family:
     anchors: Callable[[Any, Arguments], int] = lambda model, arguments: 0
     positions: Callable[[Any, Arguments], Tensor | None] = lambda model, arguments: None
     validity: Callable[[Tensor], Tensor] | None = None
-    per_item: bool = False
+    items: Callable[[Any, Arguments], int] = lambda model, arguments: 0
     edit: Callable[[ast.FunctionDef], None] | None = None
     timestep: str = "timestep"
     branches: tuple[str, ...] = ("cond", "uncond")
@@ -120,11 +128,17 @@ class Family:
     multiples: Callable[[Config, Config], tuple[int, int, int]] | None = None
     pipeline_class: Callable[[Config, bool], str] = own_pipeline
     size_of: Callable[[Config, int], str | None] | None = None
+    float32: tuple[str, ...] = ()
 
     def preset_size(self, transformer: Config, experts: int) -> str | None:
         """The key of the presets for a transformer's ``config.json``; None where no size is known for it."""
         if self.size_of is not None:
             return self.size_of(transformer, experts)
+        alike = self.alike(transformer)
+        return None if alike is None else alike.size
+
+    def alike(self, transformer: Config) -> Checkpoint | None:
+        """The first named model with the configuration of this ``config.json``, if there is one."""
         name = transformer["_class_name"]
         known = [c for c in self.checkpoints.values() if c.transformer == name]
         if not known:
@@ -138,7 +152,7 @@ class Family:
             values = [config.get(key, own[key].default) for key in telling]
             return [list(v) if isinstance(v, tuple) else v for v in values]
 
-        return next((c.size for c in known if told(c.config) == told(transformer)), None)
+        return next((c for c in known if told(c.config) == told(transformer)), None)
 
 
 def stacks(model: Any, *parts: tuple[str, str], **widths: Any) -> list[Layer]:
@@ -185,6 +199,17 @@ def numbered(
             }
         layers.append(Layer(index[i] if index else i, path, count or len(paths), **shape))
     return layers
+
+
+def kl_scale(vae: Config) -> int:
+    """Pixels a side of a latent of ``AutoencoderKL``: each of its blocks but the last halves the sides."""
+    return 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def square_patches(transformer: Config, vae: Config) -> tuple[int, int, int]:
+    """``pixels`` of image models that cut the latents of ``AutoencoderKL`` into square patches."""
+    side = kl_scale(vae) * transformer["patch_size"]
+    return 1, side, side
 
 
 def patches(size: Sequence[int], patch: Sequence[int]) -> tuple[int, int, int]:

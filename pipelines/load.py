@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.pipelines import FAMILIES, families, tiny
+from dit_sparse.pipelines import FAMILIES, NOTHING_TO_DO, families, tiny
 from dit_sparse.pipelines.family import Checkpoint, Family
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Source:
         checkpoint: Its entry among :func:`checkpoints`, if it has one.
         index: ``model_index.json``.
         transformer: The first transformer's ``config.json``.
-        vae: The autoencoder's ``config.json``.
+        vae: The autoencoder's ``config.json``; empty without one.
     """
 
     model: str
@@ -64,6 +64,11 @@ class Source:
     def family(self) -> Family:
         """The family of its transformer."""
         return families()[FAMILIES[self.transformer["_class_name"]]]
+
+    @property
+    def alike(self) -> Checkpoint | None:
+        """Its own entry among :func:`checkpoints`, or that of a model with the same configuration."""
+        return self.checkpoint or self.family.alike(self.transformer)
 
     @property
     def size(self) -> str | None:
@@ -89,10 +94,17 @@ class Source:
 
     def pipeline_class(self, image: bool) -> str:
         """The class in diffusers that runs it with or without an image; ValueError where it cannot."""
+        import diffusers
+
         try:
-            return self.family.pipeline_class(self.index, image)
+            name = self.family.pipeline_class(self.index, image)
         except ValueError as error:
             raise ValueError(f"{self.model}: {error}") from None
+        if not hasattr(diffusers, name):
+            raise ValueError(
+                f"{self.model} needs {name}, which diffusers {diffusers.__version__} does not have"
+            )
+        return name
 
 
 def find(model: str) -> Source:
@@ -118,6 +130,8 @@ def find(model: str) -> Source:
     index_file = _file(location, is_folder, "model_index.json", checkpoint)
     index = json.loads(index_file.read_text())
     part = "transformer" if _class(index, "transformer") else "transformer_2"
+    if _class(index, part) in NOTHING_TO_DO:
+        raise ValueError(f"{model}: {NOTHING_TO_DO[_class(index, part) or '']}")
     if _class(index, part) not in FAMILIES:
         raise ValueError(
             f"{model} is a {index.get('_class_name')} with the transformer {_class(index, part)}; "
@@ -125,6 +139,8 @@ def find(model: str) -> Source:
         )
     transformer, vae = (
         json.loads(_file(location, is_folder, f"{name}/config.json", checkpoint).read_text())
+        if _class(index, name)
+        else {}
         for name in (part, "vae")
     )
     transformer["_class_name"] = _class(index, part)
@@ -142,8 +158,7 @@ def load(
 
     Args:
         model: A name out of :func:`checkpoints`, a Hub id, a folder, or what :func:`find` returned.
-        dtype: Of transformer and text encoder. The autoencoder and the image encoder stay in float32, as the
-            diffusers documentation recommends for Wan.
+        dtype: Of every component but those that the family keeps in float32.
         device: Where to; None leaves the modules on the CPU, for offloading.
         image: The pipeline that starts from an image, for models that can do both.
 
@@ -161,7 +176,7 @@ def load(
     is_folder = Path(source.location).is_dir()
     if is_folder:
         _check_complete(source)
-    dtypes = {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}
+    dtypes = {"default": dtype, **dict.fromkeys(source.family.float32, torch.float32)}
     try:
         with warnings.catch_warnings():
             # The name that every supported diffusers knows; newer ones also call it dtype.

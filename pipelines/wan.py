@@ -183,6 +183,7 @@ FAMILY = Family(
     anchors=anchors,
     schedule="dense 0-25%; layers 0",
     presets=PRESETS,
+    float32=("vae", "image_encoder"),  # as the diffusers documentation recommends
     checkpoints=CHECKPOINTS,
     multiples=multiples,
     pipeline_class=pipeline_class,

@@ -13,8 +13,9 @@ import tiny_models as models
 import torch
 from huggingface_hub import constants, errors
 
+from dit_sparse import METHODS, Schedule
+from dit_sparse.pipelines import families, tiny
 from dit_sparse.pipelines import load as loading
-from dit_sparse.pipelines import tiny
 from dit_sparse.pipelines.load import checkpoints, find, load
 
 REPO = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -80,16 +81,27 @@ def test_a_fine_tuned_copy_gets_the_presets_of_its_size(
     assert find(str(copy)).size == size
 
 
-def test_every_name_has_presets_and_settings() -> None:
+def test_every_name_has_settings() -> None:
+    """A model's own, or its pipeline's: nothing is asked of who types a name but a prompt (and an image)."""
     known = checkpoints()
     assert {"tiny-wan", "wan2.1", "wan2.1-14b", "wan2.2"} <= set(known)
-    from dit_sparse.pipelines.wan import FAMILY
+    for family in families().values():
+        for name, checkpoint in family.checkpoints.items():
+            assert known[name] is checkpoint
+            assert "num_inference_steps" in checkpoint.defaults, name
+            assert ("fps" in checkpoint.defaults) == family.video, name
 
-    for name, checkpoint in known.items():
-        assert set(FAMILY.presets["radial", checkpoint.size]) == {"quality", "balanced", "fast"}, name
-        settings = {"height", "width", "num_frames", "num_inference_steps", "guidance_scale", "fps"}
-        assert settings <= set(checkpoint.defaults), name
-        assert checkpoint.about
+
+def test_every_preset_is_of_a_named_model_and_can_be_made() -> None:
+    for family in families().values():
+        sizes = {checkpoint.size for checkpoint in family.checkpoints.values()} | {"tiny"}
+        for (method, size), presets in family.presets.items():
+            assert size in sizes, (family.name, method, size)
+            assert set(presets) == {"quality", "balanced", "fast"}, (family.name, method, size)
+            for preset in presets.values():
+                METHODS[method](**preset.parameters)
+                Schedule.parse(preset.schedule)
+                assert preset.source
 
 
 def test_an_unknown_name_lists_those_there_are() -> None:
@@ -109,9 +121,9 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
 
 
 def test_another_kind_of_model(copy: Path) -> None:
-    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    index = {"_class_name": "UnCLIPPipeline", "transformer": ["diffusers", "PriorTransformer"]}
     (copy / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"FluxTransformer2DModel; supported are .*WanTransformer3DModel"):
+    with pytest.raises(ValueError, match=r"PriorTransformer; supported are .*WanTransformer3DModel"):
         find(str(copy))
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``dit-sparse generate``, ``calibrate``, ``methods``, ``models`` and ``bench kernels``.
+"""The command line: ``dit-sparse generate``, ``calibrate``, ``methods``, ``models``, ``eval`` and ``bench``.
 
     dit-sparse generate --prompt "a red circle moving left on a gray background" --compare-dense
     dit-sparse generate --model wan2.1 --offload model --prompt "a cat runs" --output cat.mp4
@@ -56,6 +56,8 @@ app = typer.Typer(
 )
 benchmarks = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 app.add_typer(benchmarks, name="bench")
+evaluations = typer.Typer(help="Measure quality.", no_args_is_help=True)
+app.add_typer(evaluations, name="eval")
 
 
 @app.callback()
@@ -269,6 +271,46 @@ def kernels(
                         bench.write_csv(file, rows)
 
 
+@evaluations.command()
+def fidelity(
+    reference: Annotated[Path, typer.Argument(help="A video, or a folder of videos, one for each prompt.")],
+    outputs: Annotated[
+        list[Path],
+        typer.Argument(help="What to hold against it; videos of the same names in folders."),
+    ],
+    floor: Annotated[
+        Path | None,
+        typer.Option(help="The reference again, by another backend or dtype: the noise there is anyway."),
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="default, svg, skimage or pooled.")] = "default",
+    lpips: Annotated[bool, typer.Option("--lpips", help="Also LPIPS; its weights are fetched once.")] = False,
+    output: Annotated[Path | None, typer.Option(help="A .json with formulas and curves over frames.")] = None,
+) -> None:
+    """PSNR, SSIM and LPIPS of videos against the dense ones.
+
+    Reads .mp4 and .png, and .safetensors with a tensor "frames", which no codec has changed. With folders
+    every mean has its bootstrap 95 % interval over the videos, and every further folder its paired difference
+    from the first.
+    """
+    import json
+
+    from dit_sparse.eval.fidelity_files import compare, table
+    from dit_sparse.video import check_writable, staged
+
+    with _plainly("stopped; nothing was written"):
+        if output is not None:
+            if output.suffix.lower() != ".json":
+                raise ValueError(f"--output must end in .json, got {output}")
+            check_writable("--output", output)
+        result = compare(reference, outputs, floor=floor, protocol=protocol, with_lpips=lpips)
+        if output is not None:
+            with staged() as stage:
+                stage(output).write_text(json.dumps(result, indent=1) + "\n")
+        _table(*table(result))
+        for name, formula in result["protocol"].items():
+            print(f"{name}: {formula}")
+
+
 @contextmanager
 def _plainly(stopped: str) -> Iterator[None]:
     """One line and an exit code for what the person at the terminal can change, instead of a traceback."""
@@ -288,19 +330,21 @@ def _plainly(stopped: str) -> Iterator[None]:
 
 
 def _matrix() -> None:
-    """Transformers by methods; why not, below."""
-    from rich.console import Console
-
+    """Transformers by methods, in plain text of a fixed width; what the columns and letters mean, below."""
     from dit_sparse.pipelines.matrix import matrix
 
     table = matrix()
+    methods = list(next(iter(table.values())))
     reasons = list(dict.fromkeys(why for row in table.values() for why in row.values() if why))
-    marks = {why: str(i + 1) for i, why in enumerate(reasons)}
-    names = list(next(iter(table.values())))
-    rows = [(cls, *("x" if not row[n] else marks[row[n]] for n in names)) for cls, row in table.items()]
-    _table(("model", *names), rows)
-    for why, mark in marks.items():
-        Console().print(f"{mark}: {why}", highlight=False)
+    marks = {"": "x", **{why: chr(ord("a") + i) for i, why in enumerate(reasons)}}
+    wide = max(map(len, table))
+    print(" " * wide, *(f"{i + 1:>2}" for i in range(len(methods))))
+    for cls, row in table.items():
+        print(f"{cls:<{wide}}", *(f"{marks[row[name]]:>2}" for name in methods))
+    print("\nx runs, and is tested by the contract suite")
+    print(*(f"{i + 1} {name}" for i, name in enumerate(methods)), sep=", ")
+    for why in reasons:
+        print(f"{marks[why]}: {why}")
 
 
 def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import imageio_ffmpeg
+import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -40,6 +42,29 @@ def write_video(path: Path, frames: Tensor, fps: int) -> None:
             writer.send(frame.contiguous().numpy().tobytes())
     finally:
         writer.close()
+
+
+def read_video(path: Path) -> Tensor:
+    """The frames of a video or image as a player shows them: uint8 [F, H, W, 3].
+
+    Raises:
+        ValueError: The file cannot be read.
+    """
+    if path.suffix.lower() == ".png":
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(path) as image:
+                return torch.from_numpy(np.array(image.convert("RGB")))[None]
+        except (OSError, UnidentifiedImageError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
+    reader = imageio_ffmpeg.read_frames(str(path))
+    try:
+        width, height = next(reader)["size"]
+        frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be read: {str(error).strip().splitlines()[-1]}") from None
+    return torch.from_numpy(np.stack(frames))
 
 
 @contextmanager

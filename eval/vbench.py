@@ -1,0 +1,157 @@
+"""VBench's scores without VBench: totals from what its dimensions gave, and the one dimension that needs no
+network.
+
+VBench (arXiv 2311.17982) normalises sixteen dimensions to 0..1, averages them with weights to a quality and a
+semantic score, and those 4:1 to its total. VBench-2.0 (arXiv 2503.21755) averages eighteen dimensions within
+five groups, and the groups. A total of a part of the dimensions is none, and is not given.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One dimension of VBench.
+
+    Args:
+        group: "quality" or "semantic".
+        low, high: The scores that become 0 and 1.
+        weight: In the mean of its group.
+    """
+
+    group: str
+    low: float = 0.0
+    high: float = 1.0
+    weight: float = 1.0
+
+
+# Constants of scripts/cal_final_score.py and scripts/constant.py in Vchitect/VBench.
+DIMENSIONS: dict[str, Dimension] = {
+    "subject_consistency": Dimension("quality", 0.1462, 1.0),
+    "background_consistency": Dimension("quality", 0.2615, 1.0),
+    "temporal_flickering": Dimension("quality", 0.6293, 1.0),
+    "motion_smoothness": Dimension("quality", 0.706, 0.9975),
+    "aesthetic_quality": Dimension("quality"),
+    "imaging_quality": Dimension("quality"),
+    "dynamic_degree": Dimension("quality", weight=0.5),
+    "object_class": Dimension("semantic"),
+    "multiple_objects": Dimension("semantic"),
+    "human_action": Dimension("semantic"),
+    "color": Dimension("semantic"),
+    "spatial_relationship": Dimension("semantic"),
+    "scene": Dimension("semantic", 0.0, 0.8222),
+    "appearance_style": Dimension("semantic", 0.0009, 0.2855),
+    "temporal_style": Dimension("semantic", 0.0, 0.364),
+    "overall_consistency": Dimension("semantic", 0.0, 0.364),
+}
+QUALITY_WEIGHT, SEMANTIC_WEIGHT = 4, 1
+
+DIMENSIONS_2: dict[str, tuple[str, ...]] = {
+    "human_fidelity": ("human_anatomy", "human_clothes", "human_identity"),
+    "creativity": ("diversity", "composition"),
+    "controllability": (
+        "dynamic_spatial_relationship",
+        "dynamic_attribute",
+        "motion_order_understanding",
+        "human_interaction",
+        "complex_landscape",
+        "complex_plot",
+        "camera_motion",
+    ),
+    "physics": ("mechanics", "material", "thermotics", "multi-view_consistency"),
+    "commonsense": ("motion_rationality", "instance_preservation"),
+}
+"""Group of VBench-2.0 -> its dimensions."""
+
+
+def totals(scores: Mapping[str, float]) -> dict[str, float | None]:
+    """Quality, semantic and total of VBench's dimensions, in 0..1.
+
+    Args:
+        scores: Dimension -> the mean that VBench gave, in 0..1. Spaces and underscores are the same.
+
+    Returns:
+        "quality", "semantic" and "total"; None where a dimension of it is missing.
+
+    Raises:
+        ValueError: A dimension VBench does not have, or a score outside 0..1.
+    """
+    known = _named(scores, DIMENSIONS)
+    result: dict[str, float | None] = {}
+    for group in ("quality", "semantic"):
+        own = {name: d for name, d in DIMENSIONS.items() if d.group == group}
+        if set(own) <= set(known):
+            weighted = [d.weight * (known[name] - d.low) / (d.high - d.low) for name, d in own.items()]
+            result[group] = sum(weighted) / sum(d.weight for d in own.values())
+        else:
+            result[group] = None
+    quality, semantic = result["quality"], result["semantic"]
+    result["total"] = None
+    if quality is not None and semantic is not None:
+        both = QUALITY_WEIGHT + SEMANTIC_WEIGHT
+        result["total"] = (QUALITY_WEIGHT * quality + SEMANTIC_WEIGHT * semantic) / both
+    return result
+
+
+def totals_2(scores: Mapping[str, float]) -> dict[str, float | None]:
+    """The five groups and the total of VBench-2.0; None where a dimension is missing. As :func:`totals`."""
+    known = _named(scores, {name for names in DIMENSIONS_2.values() for name in names})
+    groups = {
+        group: fmean(known[n] for n in names) if set(names) <= set(known) else None
+        for group, names in DIMENSIONS_2.items()
+    }
+    complete = [value for value in groups.values() if value is not None]
+    return {**groups, "total": fmean(complete) if len(complete) == len(groups) else None}
+
+
+def _named(scores: Mapping[str, float], known: Any) -> dict[str, float]:
+    named = {name.strip().lower().replace(" ", "_"): value for name, value in scores.items()}
+    unknown = sorted(set(named) - set(known))
+    if unknown:
+        raise ValueError(f"unknown dimensions {', '.join(unknown)}; there are {', '.join(known)}")
+    for name, value in named.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"the score of {name} must lie in 0..1, got {value:g}")
+    return named
+
+
+def read_results(path: Path) -> dict[str, float]:
+    """Dimension -> mean score of a ``*_eval_results.json`` as VBench writes it: {dimension: [mean, videos]}.
+
+    Raises:
+        ValueError: The file is none.
+    """
+    try:
+        found = json.loads(path.read_text())
+        return {name: float(entry[0]) for name, entry in found.items()}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{path} is no result of VBench: {error}") from None
+
+
+def temporal_flickering(frames: Tensor) -> float:
+    """VBench's dimension of that name: 1 minus the mean absolute difference of neighbouring frames.
+
+    VBench asks it of static scenes only: motion counts as flicker.
+
+    Args:
+        frames: uint8 [F, H, W, 3].
+
+    Raises:
+        ValueError: Fewer than two frames, or no bytes.
+    """
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or len(frames) < 2:
+        raise ValueError(
+            f"expected uint8 [F, H, W, 3] of at least two frames, got {frames.dtype} {tuple(frames.shape)}"
+        )
+    steps = (frames[1:].float() - frames[:-1].float()).abs().flatten(1).mean(1)
+    return 1 - steps.mean().item() / 255

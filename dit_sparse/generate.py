@@ -71,16 +71,38 @@ def generate(asked: Request) -> None:
     if asked.compare_dense:
         say("one untimed step of each")
         short = {**call, "num_inference_steps": 1, "output_type": "latent"}
-        with _removed(_attached(pipe, asked, choice, "always")):
+        with removed(attached(pipe, asked, choice, "always")):
             _run(pipe, short, asked, None)
         _run(pipe, short, asked, None)
         dense = _dense_run(pipe, call, asked)
-    with _removed(None if choice is None else _attached(pipe, asked, choice, choice.schedule)) as session:
+    with removed(None if choice is None else attached(pipe, asked, choice, choice.schedule)) as session:
         run = _run(pipe, call, asked, asked.method)
         run.session = session
     manifest = _manifest(asked, source, settings, choice, run, dense, pipe)
     _write(asked, manifest, run, dense)
     _tell(asked, manifest, run)
+
+
+def attempt(
+    pipe: Any,
+    asked: Request,
+    source: Source,
+    settings: Mapping[str, Any],
+    choice: Choice | None,
+    session: Session | None,
+) -> dict[str, Any]:
+    """One run in a session that is attached (None is the stock model), and its files: the manifest.
+
+    Raises:
+        ValueError: The model made no video.
+    """
+    if session is not None:
+        session.reseed(asked.seed)
+    run = _run(pipe, call_of(asked, source, settings), asked, asked.output.stem)
+    run.session = session
+    manifest = _manifest(asked, source, settings, choice, run, None, pipe)
+    _write(asked, manifest, run, None)
+    return manifest
 
 
 def placed_pipeline(asked: Request, source: Source, device: str, settings: Mapping[str, Any]) -> Any:
@@ -161,23 +183,23 @@ def call_of(asked: Request, source: Source, settings: Mapping[str, Any]) -> dict
     return call
 
 
-def _attached(pipe: Any, asked: Request, choice: Choice | None, schedule: str) -> Session:
+def attached(pipe: Any, asked: Request, choice: Choice | None, schedule: str) -> Session:
     import dit_sparse
+    from dit_sparse.processors import METHODS
 
     assert choice is not None
     return dit_sparse.apply(
         pipe,
-        asked.method,
+        METHODS[asked.method](**choice.parameters),
         density=asked.density,
         schedule=schedule,
         backend=asked.backend,
         seed=asked.seed,
-        **choice.parameters,
     )
 
 
 @contextmanager
-def _removed(session: Session | None) -> Iterator[Session | None]:
+def removed(session: Session | None) -> Iterator[Session | None]:
     """The session for the time of a block; None is the stock model."""
     try:
         yield session
@@ -199,7 +221,7 @@ def _dense_run(pipe: Any, call: Mapping[str, Any], asked: Request) -> Run:
     if asked.compile:
         return _run(pipe, call, asked, "dense")
     spans: list[tuple[Any, Any]] = []
-    with _removed(dit_sparse.apply(pipe, "dense", schedule="dense 0-100%")) as session:
+    with removed(dit_sparse.apply(pipe, "dense", schedule="dense 0-100%")) as session:
         assert session is not None
         read, total = span_timer(pipe)
         for part in session.parts:
@@ -231,6 +253,38 @@ def _run(pipe: Any, call: Mapping[str, Any], asked: Request, name: str | None) -
     return Run((frames * 255).round().to(torch.uint8), seconds)
 
 
+def identity(
+    asked: Request, source: Source, settings: Mapping[str, Any], choice: Choice | None
+) -> dict[str, Any]:
+    """The part of a manifest that says what was asked for: the same on any device."""
+    method: dict[str, Any] = {"name": "dense"}
+    if choice is not None:
+        method = {
+            "name": asked.method,
+            "parameters": choice.parameters,
+            "requested_density": asked.density,
+            "schedule": choice.schedule,
+            "preset": choice.preset,
+            "source": choice.source,
+        }
+    return {
+        "model": {
+            "asked": asked.model,
+            "location": "in the package" if source.size == "tiny" else source.location,
+            "revision": None if Path(source.location).is_dir() else source.folder.name,
+            "pipeline": source.pipeline_class(asked.image is not None),
+            "size": source.size,
+            "lora": asked.lora or [],
+        },
+        "prompt": EXAMPLE if asked.prompt is None else asked.prompt,
+        "negative_prompt": asked.negative_prompt,
+        "image": None if asked.image is None else str(asked.image),
+        "seed": asked.seed,
+        "settings": dict(settings),
+        "method": method,
+    }
+
+
 def _manifest(
     asked: Request,
     source: Source,
@@ -245,20 +299,12 @@ def _manifest(
 
     device = pipe._execution_device
     is_cuda = device.type == "cuda"
-    method: dict[str, Any] = {"name": "dense"}
+    about = identity(asked, source, settings, choice)
     density = {"full_run": 1.0, "sparse_calls": 1.0}
-    if choice is not None and run.session is not None:
+    if run.session is not None:
         report = run.session.report()
         density = {"full_run": report.density, "sparse_calls": report.sparse_density}
-        method = {
-            "name": asked.method,
-            "parameters": choice.parameters,
-            "requested_density": asked.density,
-            "schedule": choice.schedule,
-            "preset": choice.preset,
-            "source": choice.source,
-            "backend": report.about["backend"],
-        }
+        about["method"]["backend"] = report.about["backend"]
     return {
         "format": 1,
         "versions": {
@@ -266,19 +312,7 @@ def _manifest(
             **{name: version(name) for name in ("torch", "diffusers", "transformers")},
             "python": platform.python_version(),
         },
-        "model": {
-            "asked": asked.model,
-            "location": "in the package" if source.size == "tiny" else source.location,
-            "revision": None if Path(source.location).is_dir() else source.folder.name,
-            "pipeline": type(pipe).__name__,
-            "size": source.size,
-            "lora": asked.lora or [],
-        },
-        "prompt": EXAMPLE if asked.prompt is None else asked.prompt,
-        "negative_prompt": asked.negative_prompt,
-        "image": None if asked.image is None else str(asked.image),
-        "seed": asked.seed,
-        "settings": dict(settings),
+        **about,
         "device": {
             "name": torch.cuda.get_device_name(device) if is_cuda else f"{platform.machine()} CPU",
             "threads": torch.get_num_threads(),
@@ -286,7 +320,6 @@ def _manifest(
             "offload": asked.offload,
             "compile": asked.compile,
         },
-        "method": method,
         "density": density,
         "seconds": run.seconds,
         "comparison": None if dense is None else _compared(run, dense),

@@ -91,6 +91,10 @@ class Family:
             known to be more than a key-padding mask of shape [B, 1, 1, S]. None reads and checks them.
         items: (model, arguments) -> batch items, where the processor makes one attention call for each of
             them, in their order and with their own text; 0 where it makes one for all.
+        text_asks: Text tokens are queries too. Where not, a call has the other tokens as queries and all as
+            keys.
+        hidden: Names of the attention module's arguments with the hidden states of the grid and of text,
+            where they are not its first one and the one that ends in ``encoder_hidden_states``.
         edit: A change to the source of a processor's ``__call__`` beyond the redirected call.
         timestep: Name of the forward's argument with the timestep.
         branches: Names of the forward passes of a step, in call order, where the pipeline gives none.
@@ -118,6 +122,8 @@ class Family:
     positions: Callable[[Any, Arguments], Tensor | None] = lambda model, arguments: None
     validity: Callable[[Tensor], Tensor] | None = None
     items: Callable[[Any, Arguments], int] = lambda model, arguments: 0
+    text_asks: bool = True
+    hidden: tuple[str, str] | None = None
     edit: Callable[[ast.FunctionDef], None] | None = None
     timestep: str = "timestep"
     branches: tuple[str, ...] = ("cond", "uncond")
@@ -146,7 +152,8 @@ class Family:
         import diffusers
 
         own = signature(getattr(diffusers, name)).parameters
-        telling = sorted({key for checkpoint in known for key in checkpoint.config})
+        # A checkpoint names what differs from the defaults; the tiny configuration names every size.
+        telling = sorted({key for c in known for key in c.config} | set(self.transformers[name]))
 
         def told(config: Config) -> list[Any]:
             values = [config.get(key, own[key].default) for key in telling]

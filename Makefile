@@ -5,7 +5,7 @@ READY := .venv/ready
 export PYTHONSAFEPATH := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-all check format bench aot gpu-check clean
+.PHONY: demo test test-all compat check format bench aot gpu-check clean
 
 demo: $(READY)
 	$(BIN)/dit-sparse generate --compare-dense --output outputs/demo.mp4 --report outputs/demo-report.json
@@ -15,6 +15,10 @@ test: $(READY)
 
 test-all: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not gpu"
+
+# Old versions of diffusers, each in build/compat; about half an hour. Writes the table in README.md.
+compat: $(READY)
+	$(BIN)/python tests/compat.py
 
 check: $(READY)
 	$(BIN)/ruff check .

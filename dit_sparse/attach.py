@@ -7,12 +7,10 @@ step and branch from the model's own arguments in one forward pre-hook per trans
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -23,28 +21,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dit_sparse.calibration import CalibratedProcessor
-from dit_sparse.checkpointing import Checkpoint, checkpointing, wrap
+from dit_sparse.checkpointing import wrap
 from dit_sparse.clock import Clock
-from dit_sparse.core import Attachment, Redirected
+from dit_sparse.core import Attachment, Redirected, restored
 from dit_sparse.layout import TokenLayout
 from dit_sparse.method import SparseProcessor
 from dit_sparse.pipelines import Family, family_of
 from dit_sparse.pipelines.matrix import refusal
 from dit_sparse.router import Forward, Part, Router
 from dit_sparse.schedule import Schedule
-
-
-class _Hook:
-    """The root forward pre-hook. It marks a model as attached; pickles carry an empty one instead."""
-
-    def __init__(self, session: Session, part: Part) -> None:
-        self.session, self.part = session, part
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.session._begin(self.part, args, kwargs)
-
-    def __reduce__(self) -> Any:
-        return _NoHook, ()
+from dit_sparse.shadows import Hook, NoHook, shadows
 
 
 class _HiddenHook:
@@ -57,19 +43,18 @@ class _HiddenHook:
     def __init__(self, at: Attachment) -> None:
         self.at = at
         self.names = list(signature(type(at.module).forward).parameters)[1:]
+        text = next((name for name in self.names if name.endswith("encoder_hidden_states")), "")
+        named: tuple[str, str] | None = at.part.family.hidden
+        self.hidden, self.text = named or (self.names[0], text)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        joined = self.at.part.family.joint and given.get("encoder_hidden_states") is not None
-        self.at.hidden = given["hidden_states"], given["encoder_hidden_states"] if joined else None
+        hidden, text = given[self.hidden], given.get(self.text)
+        joined = self.at.part.family.joint and text is not None and text is not hidden
+        self.at.hidden = _batched(hidden), _batched(given[self.text]) if joined else None
 
     def __reduce__(self) -> Any:
-        return _NoHook, ()
-
-
-class _NoHook:
-    def __call__(self, *_: Any) -> None:
-        return None
+        return NoHook, ()
 
 
 class Session(Router):
@@ -231,7 +216,7 @@ class Session(Router):
                 weight = next(module.parameters())
                 computed_in = (torch.float32, torch.bfloat16, torch.float16)  # weights may be stored in less
                 module.sparse_branch = branch.to(
-                    weight.device, weight.dtype if weight.dtype in computed_in else None
+                    _computes_on(model, module), weight.dtype if weight.dtype in computed_in else None
                 )
                 self._undo.append(partial(module._modules.pop, "sparse_branch"))
                 self._untrained |= method.needs_training
@@ -239,51 +224,19 @@ class Session(Router):
                 self._undo.append(module.register_forward_pre_hook(_HiddenHook(at), with_kwargs=True).remove)
         if uncovered:
             raise ValueError("no attention call to redirect was found in " + ", ".join(uncovered))
-        hook = model.register_forward_pre_hook(_Hook(self, part), with_kwargs=True)
+        hook = model.register_forward_pre_hook(Hook(self, part), with_kwargs=True)
         self._undo.append(hook.remove)
+        part.shadows = {**self._clock.listen(model), **shadows(part)}
+        model.__dict__.update(part.shadows)
+        self._undo += [partial(model.__dict__.pop, name) for name in part.shadows]
 
-        def deepcopy(memo: dict[int, Any]) -> nn.Module:
-            with self._standing_aside(part):
-                return copy.deepcopy(model, memo)
-
-        for attribute, shadow in {**self._clock.listen(model), "__deepcopy__": deepcopy}.items():
-            model.__dict__[attribute] = shadow
-            self._undo.append(partial(model.__dict__.pop, attribute))
-
-    @contextmanager
-    def _standing_aside(self, part: Part) -> Iterator[None]:
-        """The model as if stock, while it is copied. Redirected processors copy as stock by themselves."""
-        model: Any = part.model
-        shadows = {n: model.__dict__.pop(n) for n in _SHADOWS if n in model.__dict__}
-        registries = [model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs]
-        hooks = [registry.copy() for registry in registries]
-        for key, hook in hooks[0].items():
-            if isinstance(hook, _Hook):
-                for registry in registries:
-                    registry.pop(key, None)
-        branches = [(at.module._modules, at.module._modules.pop("sparse_branch", None)) for at in part.layers]
-        checkpoints = [(m, f) for m, f in checkpointing(model) if isinstance(f, Checkpoint)]
-        for module, function in checkpoints:
-            module._gradient_checkpointing_func = function.stock
-        try:
-            yield
-        finally:
-            model.__dict__.update(shadows)
-            for registry, saved in zip(registries, hooks, strict=True):
-                registry.update(saved)
-            for modules, branch in branches:
-                if branch is not None:
-                    modules["sparse_branch"] = branch
-            for module, function in checkpoints:
-                module._gradient_checkpointing_func = function
-
-    def _begin(self, part: Part, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, part: Part, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """At the start of every forward pass of a transformer."""
         arguments = part.arguments.bind(part.model, *args, **kwargs).arguments
         family = part.family
         grid = family.layout(part.model, arguments)
         tick = self._clock.tick(arguments.get(family.timestep), grid, family.branches)
-        if tick.first:
+        if tick.begins:
             self._records.clear()
             if self._grid != grid:
                 self._made.clear()
@@ -308,7 +261,11 @@ class Session(Router):
                 stacklevel=2,
             )
         part.forward = Forward(
-            grid, tick, family.anchors(part.model, arguments), family.positions(part.model, arguments)
+            grid,
+            tick,
+            family.anchors(part.model, arguments),
+            family.positions(part.model, arguments),
+            family.items(part.model, arguments),
         )
         if torch.is_grad_enabled():
             self._undo += wrap(part)
@@ -322,9 +279,6 @@ class Session(Router):
                     f"({lost[0]}, ...) and run what replaced it; attach again to have them sparse",
                     stacklevel=3,
                 )
-
-
-_SHADOWS = ("cache_context", "_reset_stateful_cache", "__deepcopy__")
 
 
 def apply(
@@ -344,8 +298,8 @@ def apply(
         pipe: A diffusers pipeline (its clock is then known) or a transformer. A compiled transformer will do.
         method: A processor, a name out of ``METHODS``, or a dict of processors by ``"<path>.processor"``.
         schedule: When it runs; default the model family's. See :meth:`Schedule.parse`.
-        density: Ask for the method's setting nearest to this density of all pairs, at each token layout.
-            A parameter of this name that a method has is given to its constructor.
+        density: Ask for the method's setting nearest to this density of all pairs, at each token layout. To
+            set a parameter of this name that a method has, give a processor.
         backend: "auto", "reference", "cpu", "gathered", "flex" or "triton".
         strict: Raise where a call cannot run sparse, instead of recording why it ran dense.
         seed: For methods that draw samples.
@@ -381,9 +335,28 @@ def session(model: Any) -> Session | None:
     """The session attached to a transformer (or to a pipeline's), or None."""
     for found in _transformers(model).values() if not isinstance(model, nn.Module) else [_uncompiled(model)]:
         for hook in found._forward_pre_hooks.values():
-            if isinstance(hook, _Hook):
+            if isinstance(hook, Hook):
                 return hook.session
     return None
+
+
+def _computes_on(model: nn.Module, layer: nn.Module) -> torch.device:
+    """The device of a layer's calls: not that of its weights while offloading keeps them elsewhere."""
+    from accelerate.hooks import AlignDevicesHook
+    from diffusers.hooks.group_offloading import _get_group_onload_device, _is_group_offload_enabled
+
+    for module in layer.modules():
+        hook = module.__dict__.get("_hf_hook")
+        if isinstance(hook, AlignDevicesHook) and hook.execution_device is not None:
+            return torch.device(hook.execution_device)
+    if _is_group_offload_enabled(model):
+        return _get_group_onload_device(model)
+    return next(layer.parameters()).device
+
+
+def _batched(hidden: torch.Tensor) -> torch.Tensor:
+    """[B, S, C], also of sequences packed into one, [S, C]."""
+    return hidden if hidden.ndim == 3 else hidden[None]
 
 
 def _uncompiled(model: Any) -> Any:
@@ -424,11 +397,18 @@ def apply_dict(model: Any, processors: dict[str, Any], stock: Callable[[Any, Any
 
 
 def release_for(model: Any, given: list[Any]) -> None:
-    """End the model's session once processors that are no methods were set; its own ones may be set again."""
+    """End the model's session once processors that are no methods were set; its own ones may be set again.
+
+    Those of a session that has ended, or of another model's, become the stock ones they came from.
+    """
     attached = session(model)
-    if attached is None:
-        return
-    own = [at.processor for part in attached.parts for at in part.layers]
     redirected = [p for p in given if isinstance(p, Redirected)]
-    if not redirected or not all(p in own for p in redirected):
+    if attached is not None:
+        own = [at.processor for part in attached.parts for at in part.layers]
+        if redirected and all(p in own for p in redirected):
+            return
         attached.remove()
+    if redirected:
+        for module in model.modules():
+            if isinstance(getattr(module, "processor", None), Redirected):
+                module.processor = restored(module.processor)

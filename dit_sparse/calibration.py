@@ -138,10 +138,10 @@ class Calibration:
     def layer(self, call: Call) -> dict[str, Any]:
         """What was decided for the layer of a call. ValueError where the call does not fit."""
         self.check_grid(call.layout.grid)
-        if call.heads != self.heads or layer_key(call) not in self.layers:
+        if call.layer_heads != self.heads or layer_key(call) not in self.layers:
             raise ValueError(
                 f"the {self.method} calibration of {self.source} has {self.heads} heads in "
-                f"{len(self.layers)} layers, not {call.heads} heads in layer {layer_key(call)}"
+                f"{len(self.layers)} layers, not {call.layer_heads} heads in layer {layer_key(call)}"
             )
         return self.layers[layer_key(call)]
 
@@ -166,17 +166,25 @@ def under(order: Order | None, call: Call, *tensors: Tensor) -> tuple[Call, list
     return call.at(order=there), [there.apply(call.order.undo(x)) for x in tensors]
 
 
-def error(out: Tensor, dense: Tensor, metric: str) -> Tensor:
+def error(out: Tensor, dense: Tensor, metric: str, call: Call) -> Tensor:
     """What each head loses by computing ``out`` [B, H, S, D] instead of ``dense``: float32 [B, H].
+
+    Tokens that may not be read are padding: nothing reads what they give either, and they do not count.
 
     Args:
         metric: "mse", the mean squared error; or "relative", the same over the mean square of the whole dense
             output, so that a threshold fits any model and the errors of heads add up.
     """
-    lost = (out.float() - dense.float()).square().mean((2, 3))
+    valid = call.slots_valid().float()
+
+    def mean_square(x: Tensor) -> Tensor:
+        return (x.square().mean(3) * valid).sum(2) / valid.sum(2).clamp(min=1)
+
+    lost = mean_square(out.float() - dense.float())
     if metric == "mse":
         return lost
-    return lost / dense.float().square().mean((1, 2, 3))[:, None].clamp(min=torch.finfo(lost.dtype).tiny)
+    layer = call.all_heads(mean_square(dense.float())).mean(1, keepdim=True)
+    return lost / layer.clamp(min=torch.finfo(lost.dtype).tiny)
 
 
 METRICS = ("relative", "mse")
@@ -282,6 +290,8 @@ class _Observer(SparseProcessor):
         return Order.raster(call.layout)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        if call.share is not None:
+            raise ValueError("calibrate in one process: each of several sees some heads only")
         out, lse = call.run_dense(q, k, v)
         self.search.observe(q, k, v, out, lse, call)
         if not self.calls:

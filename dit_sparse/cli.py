@@ -22,6 +22,7 @@ from typing import Annotated
 
 import typer
 
+from dit_sparse.batch import generate_many
 from dit_sparse.generate import Request, flat, say
 from dit_sparse.generate import generate as make
 from dit_sparse.search import calibrate as search
@@ -69,6 +70,10 @@ def _commands() -> None:
 def generate(
     model: Model = "tiny-wan",
     prompt: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A file of prompts, one a line (# begins a comment); each has the next seed."),
+    ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
     image: Image = None,
     lora: Annotated[
@@ -103,8 +108,15 @@ def generate(
     offload: Offload = "none",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the repeated blocks.")] = False,
     output: Annotated[
-        Path, typer.Option(help="An .mp4, or a .png of image models; a manifest goes beside it as .json.")
-    ] = Path("out"),
+        Path | None,
+        typer.Option(
+            help="An .mp4, or a .png of image models; a manifest goes beside it as .json. Default: out."
+        ),
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="With --prompts: where they go. What is there already is not made again."),
+    ] = None,
     compare_dense: Annotated[
         bool,
         typer.Option("--compare-dense", help="Also make the dense one from the same noise, and compare."),
@@ -116,8 +128,17 @@ def generate(
     On a 24 GB card, Wan2.1 1.3B runs as it is, and the 14B models with --offload group.
     """
     asked = dict(locals())
-    with _plainly("stopped; nothing was written"):
-        make(Request(**asked))
+    del asked["prompts"], asked["output_dir"]
+    if prompts is None and output_dir is None:
+        with _plainly("stopped; nothing was written"):
+            make(Request(**{**asked, "output": output or Path("out")}))
+        return
+    with _plainly("stopped; what is finished stays, and the same command goes on"):
+        if prompts is None or output_dir is None:
+            raise ValueError("--prompts and --output-dir need each other")
+        if output is not None:
+            raise ValueError(f"--output {output} is for one prompt: many go to --output-dir")
+        generate_many(Request(**{**asked, "output": output_dir}), prompts, output_dir)
 
 
 @app.command()
@@ -184,10 +205,8 @@ def models(
         return
     from dit_sparse.pipelines.load import TINY, checkpoints
 
-    rows = [
-        (name, "in the package" if name == TINY else c.repo, c.about) for name, c in checkpoints().items()
-    ]
-    _table(("model", "Hub id", "about"), rows)
+    rows = [(name, c.about if name == TINY else f"{c.about}\n{c.repo}") for name, c in checkpoints().items()]
+    _table(("model", "about, and Hub id"), rows)
 
 
 @benchmarks.command()

@@ -6,6 +6,7 @@ import copy
 import itertools
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,6 +31,7 @@ class Routes(Protocol):
         mask: Tensor | None,
         scale: float | None,
         odd: bool,
+        parallel: Any = None,
     ) -> Tensor | None:
         """The sparse result [B, H, S, D], or None when the model's own call is to run."""
 
@@ -50,15 +52,20 @@ class Attachment:
 
     def redirect(self) -> bool:
         """Replace the module's processor by a redirected copy; False when it makes no core attention call."""
-        stock: type = type(self.stock)
-        cls = redirected(stock, Redirected, self.part.family.edit)
+        stock: Any = self.module.processor
+        kind: type = type(stock)
+        cls = redirected(kind, Redirected, self.part.family.edit)
         if cls is None:
             return False
         handle = next(_HANDLES)
-        processor = copy.copy(self.stock)
+        processor = copy.copy(stock)
         processor.__class__ = cls
-        processor._handle, processor._stock = torch.tensor(handle), self.stock
-        processor._leaves_graph = self.method.reads_hidden
+        # Past __setattr__: an IP-Adapter's processor is a module, and its copy shares what it registers.
+        vars(processor).update(
+            _handle=torch.tensor(handle), _stock=stock, _leaves_graph=self.method.reads_hidden
+        )
+        self.stock = stock
+        _skipped_as(kind, cls)
         _ATTACHMENTS[handle] = self
         self.module.processor = self.processor = processor
         return True
@@ -75,6 +82,14 @@ class Attachment:
         return type(self.stock).__call__.__globals__["dispatch_attention_fn"]
 
 
+def _skipped_as(stock: type, cls: type) -> None:
+    """Let guiders that skip layers treat ``cls`` like the stock processor, whose very class they look up."""
+    from diffusers.hooks._helpers import AttentionProcessorRegistry
+
+    with suppress(ValueError):  # it does not know the stock class
+        AttentionProcessorRegistry.register(cls, AttentionProcessorRegistry.get(stock))
+
+
 _ATTACHMENTS: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()
 _HANDLES = itertools.count()
 
@@ -89,6 +104,10 @@ class Redirected:
     _handle: Tensor
     _stock: Any
     _leaves_graph: bool
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """``type(processor)()`` is how diffusers makes another of a layer's kind: that is a stock one."""
+        return cls.__bases__[1](*args, **kwargs)
 
     def _core(
         self,
@@ -121,7 +140,8 @@ class Redirected:
             trained = () if branch is None else branch.parameters()
             if tensors_only and not self._leaves_graph and not _needs_grad(query, key, value, *trained):
                 q, k, v = (_heads_first(x, kind) for x in (query, key, value))
-                flags = [kind == DISPATCH, enable_gqa, is_causal, extra.get("parallel_config") is not None]
+                parallel = extra.get("parallel_config") is not None
+                flags = [kind == DISPATCH, enable_gqa, is_causal, "backend" in extra, parallel]
                 out = torch.ops.dit_sparse.core(q, k, v, attn_mask, self._handle, scale, dropout_p, flags)
                 return _heads_first(out, kind)
             run = _outside_the_graph
@@ -163,14 +183,10 @@ def _eager(
 ) -> Tensor:
     at = _ATTACHMENTS[int(handle)]
     q, k, v = (_heads_first(x, kind) for x in (query, key, value))
-    mask = own["attn_mask"]
-    odd = (
-        own["dropout_p"] > 0
-        or own["is_causal"]
-        or own.get("parallel_config") is not None
-        or not (mask is None or isinstance(mask, Tensor))
-    )
-    out = at.router.route(at, q, k, v, None if odd else mask, own["scale"], odd)
+    mask, parallel = own["attn_mask"], own.get("parallel_config")
+    odd = own["dropout_p"] > 0 or own["is_causal"] or not (mask is None or isinstance(mask, Tensor))
+    config = None if parallel is None else parallel.context_parallel_config
+    out = at.router.route(at, q, k, v, None if odd else mask, own["scale"], odd, config)
     return dense(query, key, value, **own) if out is None else _heads_first(out, kind)
 
 
@@ -193,15 +209,16 @@ def _core_op(
     flags: list[bool],
 ) -> Tensor:
     """One attention call inside a compiled graph; its state is looked up when it runs."""
-    is_dispatch, enable_gqa, is_causal, parallel = flags
+    is_dispatch, enable_gqa, is_causal, has_backend, parallel = flags
     at = _ATTACHMENTS[int(handle)]
     kind = DISPATCH if is_dispatch else SDPA
     own: dict[str, Any] = {"attn_mask": mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
     if enable_gqa:
         own["enable_gqa"] = True
-    if is_dispatch:
+    if has_backend:  # Cosmos' processors have none of their own
         own["backend"] = at.processor._attention_backend
-        own["parallel_config"] = at.processor._parallel_config if parallel else None
+    if parallel:
+        own["parallel_config"] = at.processor._parallel_config
     query, key, value = (_heads_first(x, kind) for x in (q, k, v))
     return _heads_first(_eager(handle, kind, at.dense(kind), query, key, value, own), kind).contiguous()
 

@@ -12,20 +12,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from inspect import signature
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_sparse.request import (
     EXAMPLE,
+    FRAME_RATES,
     Choice,
     Request,
+    call_parameters,
     check_flags,
     choice_of,
     completed,
     device_of,
     flat,
+    makes_video,
     read_image,
     settings_of,
 )
@@ -59,7 +61,7 @@ def generate(asked: Request) -> None:
     check_flags(asked)
     device = device_of(asked)
     source = find(asked.model)
-    asked = completed(asked, source.family.video)
+    asked = completed(asked, makes_video(asked, source))
     if asked.prompt is None and asked.model != TINY:
         raise ValueError(f"--prompt is missing: what should {asked.model} show?")
     settings = settings_of(asked, source)
@@ -166,20 +168,21 @@ def _transformers(pipe: Any) -> list[Any]:
 
 def call_of(asked: Request, source: Source, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords of the pipeline's call."""
+    own = call_parameters(asked, source)
     call = {n: v for n, v in settings.items() if n not in ("fps", "flow_shift")}
+    call.update({name: settings["fps"] for name in FRAME_RATES if name in own})
     call["prompt"] = EXAMPLE if asked.prompt is None else asked.prompt
     if asked.negative_prompt is not None:
         call["negative_prompt"] = asked.negative_prompt
     if asked.image is not None:
-        import diffusers
         from PIL import ImageOps
 
         image = read_image(asked.image)
         if "height" in call:
             image = ImageOps.fit(image, (call["width"], call["height"]))
-        cls = getattr(diffusers, source.pipeline_class(True))
-        takes_one = "image" in signature(cls.__call__).parameters
-        call.update({"image": image} if takes_one else {"reference_images": [image]})
+        call.update({"image": image} if "image" in own else {"reference_images": [image]})
+        if "max_area" in own:  # FLUX.1 Kontext takes of height and width their proportion alone
+            call["max_area"] = call["height"] * call["width"]
     return call
 
 
@@ -246,7 +249,8 @@ def _run(pipe: Any, call: Mapping[str, Any], asked: Request, name: str | None) -
         total = watch.now() - start
     if name is None:
         return Run(None, {})
-    frames = torch.as_tensor(out.frames[0] if "frames" in out else out.images[:1])
+    kind = next(name for name in ("frames", "images", "image") if name in out)
+    frames = torch.as_tensor(out[kind][0] if kind == "frames" else out[kind][:1])
     if not frames.isfinite().all():
         raise ValueError("the model made values that are no numbers; try --dtype bfloat16 or float32")
     seconds = {"total": total, **watch.seconds}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dit_sparse.layout import Layer, TokenLayout
 from dit_sparse.order import Order, broadcast_heads
+from dit_sparse.parallel import Ulysses
 from dit_sparse.plan import PackedPlan, Plan, blocks_of
 from dit_sparse.schedule import Phase
 
@@ -45,9 +46,11 @@ class Call:
         step, steps: 0-based denoising step, of how many; None when the run is not known.
         branch: Which forward pass of the step.
         phase: REFRESH or SPARSE (a DENSE call never reaches a method).
-        heads, kv_heads: Heads of q and of k, v.
+        heads, kv_heads: Heads of q and of k, v. With ``share`` those that this process computes.
         scale: Softmax scale; None means 1 / sqrt(D).
         valid: Key validity in model order, bool [B or 1, S]; None means every key.
+        asked: Whose outputs are wanted, in model order, bool [S]: other tokens are keys only, their queries
+            are zeros and are not counted. None means every token.
         lse: Natural-log softmax statistics of a dense call over the same tokens, float32 [B, H, S], where one
             is at hand (conformance of methods that cache it).
         seed: With layer, step and branch, the seed of :meth:`generator`.
@@ -55,6 +58,9 @@ class Call:
         replays: The call is recomputed for a backward: what it remembered stays as it is.
         part: The method's trainable module of this layer, if any.
         hidden: The layer's hidden states [B, S, C] in model order, for methods that ask (``reads_hidden``).
+            With ``share`` only of the tokens here: what is made of them goes through :meth:`to_heads`.
+        share: How processes share the heads of the layer, in context parallelism.
+            Zeros for text that the model keeps at another width or cuts to length.
     """
 
     layout: TokenLayout
@@ -69,12 +75,14 @@ class Call:
     kv_heads: int = 1
     scale: float | None = None
     valid: Tensor | None = None
+    asked: Tensor | None = None
     lse: Tensor | None = None
     seed: int = 0
     cache: dict[str, tuple[Any, int | None]] = field(default_factory=dict)
     replays: bool = False
     part: nn.Module | None = None
     hidden: Tensor | None = None
+    share: Ulysses | None = None
     backend: str = "auto"
     order: Order | None = None
     on_run: Callable[..., str] | None = None
@@ -126,6 +134,32 @@ class Call:
         key = f"{self.seed}/{self.layer}/{self.step}/{self.branch}"
         return torch.Generator().manual_seed(crc32(key.encode()))
 
+    @property
+    def layer_heads(self) -> int:
+        """Heads of the layer, of which ``heads`` are computed here: all but in context parallelism."""
+        return self.heads if self.share is None else self.share.layer_heads
+
+    def own(self, x: Tensor, axis: int = 0) -> Tensor:
+        """What belongs to the heads here, of something that all heads of the layer have along ``axis``."""
+        return x if self.share is None else self.share.own(x, axis)
+
+    def all_heads(self, x: Tensor, axis: int = 1) -> Tensor:
+        """Of something that the heads here have along ``axis``, that of all heads of the layer.
+
+        Processes wait for each other: every one must ask, and not at every step.
+        """
+        return x if self.share is None else self.share.all_heads(x, axis)
+
+    def to_heads(self, x: Tensor) -> Tensor:
+        """What was made of ``hidden``, [B, heads of the layer, tokens, D], for the heads here: as v is."""
+        return x if self.share is None else self.share.to_heads(x)
+
+    def everywhere(self, here: bool, device: torch.device) -> bool:
+        """Whether it holds in every process: what these decide, they must decide alike."""
+        if self.share is None:
+            return here
+        return bool(self.all_heads(torch.full((1, self.heads), here, device=device)).all())
+
     def cached(self, name: str, make: Callable[[], T], *, renew: bool = True) -> T:
         """The remembered value, or ``make()`` when there is none yet and, if ``renew``, at REFRESH.
 
@@ -176,9 +210,9 @@ class Call:
     def pairs(self, plan: Plan) -> tuple[Tensor, Tensor]:
         """Exact (computed, all) token pairs of a plan in this call, int64 [B or 1, H or 1]."""
         order = self._order()
-        fq, fk = order.filled(plan.block[0]), order.filled(plan.block[1], self.valid)
-        slots = None if plan.rule is None else self.slots_valid()
-        return plan.pairs(fq, fk, order.index, slots), fq.sum(-1) * fk.sum(-1)
+        fq, fk = order.filled(plan.block[0], self.asked), order.filled(plan.block[1], self.valid)
+        slots = None if plan.rule is None else (self.slots_valid(), order.valid(self.asked))
+        return plan.pairs(fq, fk, order.index, *(slots or ())), fq.sum(-1) * fk.sum(-1)
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """Execute a plan on ordered q, k, v: (out [B, H, S', D], lse float32 [B, H, S']), and report it."""
@@ -211,7 +245,7 @@ class Call:
 
         def pairs() -> Tensor:
             keys = torch.tensor([[k.shape[2]]], device=q.device) if valid is None else valid.sum(-1)
-            return keys * self._order().tokens
+            return keys * (self._order().tokens if self.asked is None else self.asked.sum())
 
         plan = Plan.full(q.shape[2], k.shape[2], 128, q.device)
         return self._execute(q, k, v, plan, valid, None, pairs)
@@ -314,6 +348,11 @@ class SparseProcessor:
         return ""
 
     @property
+    def needs_all_heads(self) -> str:
+        """Why the method cannot run where processes share the heads of a layer; empty where it can."""
+        return ""
+
+    @property
     def reads_hidden(self) -> bool:
         """Whether ``call.hidden`` is wanted."""
         return False
@@ -354,6 +393,13 @@ class SparseProcessor:
             if call.plan_cache is None:
                 return self.plan(q, k, call)
             return call.plan_cache(self, lambda: self.plan(q, k, call), call)
+
+    def head_costs(self, call: Call) -> Tensor | None:
+        """What each head of the layer computes, in any unit, float64 [heads]; None where all are alike.
+
+        It must be known before q and k: processes that share the heads by it decide alike without a word.
+        """
+        return None
 
     def at_density(self, density: float, layout: TokenLayout) -> SparseProcessor:
         """The nearest setting of this method to ``density`` for a layout.

@@ -1,7 +1,8 @@
 """Order: where tokens sit while blocks are formed.
 
-An ordered sequence is ``[grid, holes to a block boundary, text, prefix, suffix]``. Only the arrangement of
-the grid differs between orders; a method therefore never looks at where the model puts its text.
+An ordered sequence is ``[grid, holes to a block boundary, prefix, suffix, text]``: padding of the text, at
+its end, moves no other token into another block. Only the arrangement of the grid differs between orders; a
+method therefore never looks at where the model puts its text.
 """
 
 from __future__ import annotations
@@ -205,9 +206,9 @@ class Order:
             parts.append(torch.full((-len(grid) % block,), -1))
             everything = torch.arange(layout.sequence)
             start, end = layout.grid_start, layout.grid_start + layout.tokens
-            parts.append(everything[layout.text_start : layout.text_start + layout.text])
             parts.append(everything[start - layout.prefix : start])
             parts.append(everything[end : end + layout.suffix])
+            parts.append(everything[layout.text_start : layout.text_start + layout.text])
         index = torch.cat(parts)
         identity = len(index) == layout.sequence and bool((index == torch.arange(len(index))).all())
         return cls(index[None], layout.sequence, identity)

@@ -152,20 +152,26 @@ class Plan:
         )
 
     def pairs(
-        self, fq: Tensor, fk: Tensor, positions: Tensor | None = None, valid: Tensor | None = None
+        self,
+        fq: Tensor,
+        fk: Tensor,
+        positions: Tensor | None = None,
+        valid: Tensor | None = None,
+        asked: Tensor | None = None,
     ) -> Tensor:
         """Exact token pairs this plan computes, int64 [B or 1, H or 1], without a synchronisation.
 
         Args:
             fq, fk: Valid tokens per query and key block, int64 [B or 1, H or 1, blocks] (``Order.filled``).
-            positions, valid: Only for a plan with a rule, which is counted token by token: original position
-                of each slot, int64 [1 or H, S'], and which slots count, bool [B or 1, H or 1, S'].
+            positions, valid, asked: Only for a plan with a rule, which is counted token by token: original
+                position of each slot, int64 [1 or H, S'], and which slots count as keys and as queries, bool
+                [B or 1, H or 1, S'].
         """
         for name, filled, blocks in (("fq", fq, self.counts.shape[-1]), ("fk", fk, self.keys)):
             if filled.shape[-1] != blocks:
                 raise ValueError(f"{name} must count {blocks} blocks, got {filled.shape[-1]}")
         if self.rule is not None:
-            return self._rule_pairs(fk, positions, valid)
+            return self._rule_pairs(fk, positions, valid, asked)
         fq, fk = (broadcast_heads(filled, max(self.counts.shape[1], filled.shape[1])) for filled in (fq, fk))
         used = torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
         shape = torch.broadcast_shapes(self.indices.shape[:2], fk.shape[:2])
@@ -173,7 +179,9 @@ class Plan:
         per_row = fk.expand(*shape, -1).gather(-1, lists.flatten(2)).view(lists.shape).mul(used).sum(-1)
         return (per_row * fq).sum(-1)
 
-    def _rule_pairs(self, fk: Tensor, positions: Tensor | None, valid: Tensor | None) -> Tensor:
+    def _rule_pairs(
+        self, fk: Tensor, positions: Tensor | None, valid: Tensor | None, asked: Tensor | None
+    ) -> Tensor:
         (bq, bk), keep = self.block, self.to_blocks()
         if positions is None:
             # Raster order: a block's tokens come first, what is left of it is the ragged tail.
@@ -184,6 +192,7 @@ class Plan:
         place = broadcast_heads(positions[None], max(keep.shape[1], positions.shape[0]))
         here = place >= 0
         keys = here if valid is None else here[..., : valid.shape[-1]] & valid
+        queries = here if asked is None else here & asked
         missing = self.keys * bk - keys.shape[-1]
         keys = torch.nn.functional.pad(keys, (0, missing))
         key_place = torch.nn.functional.pad(place, (0, max(0, self.keys * bk - place.shape[-1])), value=-1)
@@ -192,7 +201,7 @@ class Plan:
             rows = slice(i * bq, min((i + 1) * bq, place.shape[-1]))
             allowed = self.rule(place[..., rows, None], key_place[..., None, : self.keys * bk])  # type: ignore[misc]
             allowed = allowed & keep[:, :, i].repeat_interleave(bk, -1)[:, :, None]
-            total = total + (allowed & keys[..., None, :] & here[..., rows, None]).sum((-2, -1))
+            total = total + (allowed & keys[..., None, :] & queries[..., rows, None]).sum((-2, -1))
         return total
 
     def density(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dit_sparse.schedule import Phase
@@ -31,8 +32,8 @@ class Where:
 class Record:
     """Token pairs of the calls at one place, kept on the device until the report is read."""
 
-    def __init__(self, heads: int) -> None:
-        self.heads = heads
+    def __init__(self, heads: Sequence[int]) -> None:
+        self.heads = tuple(heads)
         self.calls = 0
         self.pairs: Tensor | int = 0
         self.every: Tensor | int = 0
@@ -40,8 +41,8 @@ class Record:
     def add(self, pairs: Tensor, every: Tensor, batch: int, is_call: bool = True) -> None:
         """Merge computed and all pairs, int64 [B or 1, H or 1], of a call or of a further part of one."""
         self.calls += is_call
-        self.pairs = self.pairs + _per_head(pairs, batch, self.heads)
-        self.every = self.every + _per_head(every, batch, self.heads)
+        self.pairs = self.pairs + _per_head(pairs, batch, len(self.heads))
+        self.every = self.every + _per_head(every, batch, len(self.heads))
 
     def counts(self) -> tuple[list[int], list[int]]:
         """Computed and all pairs per head."""
@@ -54,10 +55,11 @@ def _per_head(x: Tensor, batch: int, heads: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a report; ``pairs`` and ``every`` are token pairs per head."""
+    """One line of a report; ``pairs`` and ``every`` are token pairs of each of ``heads``."""
 
     where: Where
     calls: int
+    heads: tuple[int, ...]
     pairs: tuple[int, ...]
     every: tuple[int, ...]
 
@@ -84,8 +86,8 @@ class Row:
         }
         if heads:
             row["heads"] = [
-                {"density": _ratio(p, e), "pairs": p, "all_pairs": e}
-                for p, e in zip(self.pairs, self.every, strict=True)
+                {"head": h, "density": _ratio(p, e), "pairs": p, "all_pairs": e}
+                for h, p, e in zip(self.heads, self.pairs, self.every, strict=True)
             ]
         return row
 
@@ -111,8 +113,27 @@ class Report:
         rows = []
         for where, record in records.items():
             pairs, every = record.counts()
-            rows.append(Row(where, record.calls, tuple(pairs), tuple(every)))
+            rows.append(Row(where, record.calls, record.heads, tuple(pairs), tuple(every)))
         return cls(tuple(rows), about)
+
+    def gather(self, group: Any = None) -> Report:
+        """In context parallelism, where a report tells of its own process: that of all heads.
+
+        Every process of ``group`` must ask, and all get the same.
+        """
+        reports: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(reports, self, group=group)
+        counts: dict[Where, tuple[int, dict[int, tuple[int, int]]]] = {}
+        for row in (row for report in reports for row in report.rows):
+            _, heads = counts.setdefault(row.where, (row.calls, {}))
+            for head, pairs, every in zip(row.heads, row.pairs, row.every, strict=True):
+                before = heads.get(head, (0, 0))
+                heads[head] = before[0] + pairs, before[1] + every
+        rows = [
+            Row(where, calls, tuple(sorted(heads)), *zip(*(heads[h] for h in sorted(heads)), strict=True))
+            for where, (calls, heads) in counts.items()
+        ]
+        return Report(tuple(rows), {**self.about, "heads": f"all, of {len(reports)} processes"})
 
     @property
     def density(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +152,36 @@ def device_of(asked: Request) -> str:
     return device
 
 
+def call_parameters(asked: Request, source: Source) -> Mapping[str, Parameter]:
+    """The parameters of the call of the pipeline that runs it.
+
+    Raises:
+        ValueError: It asks for more than a prompt and an image, or has another use for an image.
+    """
+    import diffusers
+
+    name = source.pipeline_class(asked.image is not None)
+    own = signature(getattr(diffusers, name).__call__).parameters
+    asks = [n for n, p in own.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    more = [n for n in asks if n not in ("self", "prompt", "image")]
+    if asked.image is not None and not {"image", "reference_images"} & own.keys():
+        more = [n for n in own if n.endswith(("image", "conditions"))] or ["no image"]
+    if "prompt" not in own:  # a modular pipeline
+        more = ["its inputs block by block"]
+    if more:
+        raise ValueError(
+            f"{asked.model}: {name} takes {' and '.join(more)}: call it in Python, with dit_sparse.apply"
+        )
+    return own
+
+
+def makes_video(asked: Request, source: Source) -> bool:
+    """Whether a file of this model is a video: some families make both."""
+    return source.family.video and "num_frames" in call_parameters(asked, source)
+
+
+FRAME_RATES = ("fps", "frame_rate")
+"""What pipelines call the frames of a second, where their models want to know."""
 _SETTINGS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
 
 
@@ -160,14 +190,12 @@ def settings_of(asked: Request, source: Source) -> dict[str, Any]:
 
     Height and width are left out where the pipeline makes them from its image.
     """
-    import diffusers
-
-    own = signature(getattr(diffusers, source.pipeline_class(asked.image is not None)).__call__).parameters
+    own = call_parameters(asked, source)
     names = [n for n in _SETTINGS if n in own]
     recommended = {} if source.alike is None else source.alike.defaults
-    settings: dict[str, Any] = (
-        {"fps": 16, "flow_shift": None} if source.family.video else {"flow_shift": None}
-    )
+    settings: dict[str, Any] = {"flow_shift": None, **source.family.call}
+    if makes_video(asked, source):
+        settings["fps"] = next((own[n].default for n in FRAME_RATES if n in own), 16)
     for name in names:
         # A pipeline that leaves its size open takes the one recommended for the model's configuration.
         settings[name] = recommended.get(name) if own[name].default is None else own[name].default
@@ -182,8 +210,9 @@ def settings_of(asked: Request, source: Source) -> dict[str, Any]:
         "flow_shift": asked.flow_shift,
     }
     flags = {name: value for name, value in flags.items() if value is not None}
-    for name in flags:
-        if name not in (*names, "flow_shift"):
+    given = [*flags, *(["negative_prompt"] if asked.negative_prompt is not None else [])]
+    for name in given:
+        if name not in own and name != "flow_shift":
             raise ValueError(f"{_flag(name)}: the pipeline of {asked.model} has no such setting")
     settings.update(flags)
     if asked.guidance_scale is not None:
@@ -195,8 +224,8 @@ def settings_of(asked: Request, source: Source) -> dict[str, Any]:
         if settings.get(name, 0) is None:
             raise ValueError(f"{_flag(name)} is missing: nothing says what {asked.model} is made for")
     _check_multiples(asked.model, settings, source)
-    grid, limit = grid_of(source, settings), source.transformer.get("rope_max_seq_len")
-    if limit is not None and max(grid) > limit:
+    limit = source.transformer.get("rope_max_seq_len")
+    if limit is not None and max(grid := grid_of(source, settings)) > limit:
         raise ValueError(
             f"{asked.model} knows {limit} positions per axis; frames, height and width come to {grid} tokens"
         )

@@ -18,6 +18,7 @@ from dit_sparse.kernels.ops import BACKENDS, resolve_backend
 from dit_sparse.layout import TokenLayout
 from dit_sparse.method import Call, SparseProcessor
 from dit_sparse.order import broadcast_heads, fill_counts
+from dit_sparse.parallel import Heads, Ulysses, balanced, share_out, shares_text_apart, taken
 from dit_sparse.pipelines import Family
 from dit_sparse.plan import Plan, Rule
 from dit_sparse.report import Record, Report, Where
@@ -33,6 +34,8 @@ class Part:
     family: Family
     arguments: Signature
     layers: list[Attachment] = field(default_factory=list)
+    shadows: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    text_apart: dict[int, bool] = field(default_factory=dict)
     forward: Forward | None = None
 
 
@@ -48,6 +51,7 @@ class Forward:
         grid: The token layout without text, or why there is none.
         anchors: Leading frames every query must be able to read.
         positions: Where the tokens of ``grid`` stand in the model's sequence, if not in this order.
+        items: Batch items, where each has an attention call of its own; 0 where one call has them all.
         replays: The forward is recomputed under gradient checkpointing: it takes the plans and memories of
             the first pass, and is not counted.
     """
@@ -56,31 +60,74 @@ class Forward:
     tick: Tick
     anchors: int
     positions: Tensor | None = None
+    items: int = 0
     replays: bool = False
     masks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     indices: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
     plans: dict[Any, Plan] = field(default_factory=dict)
     caches: dict[Site, tuple[Phase, dict[str, Any]]] = field(default_factory=dict)
+    shares: dict[Attachment, tuple[Ulysses | None, int, str]] = field(default_factory=dict)
+    gathered: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     calls: Counter[int] = field(init=False, default_factory=Counter)
 
     def site(self, at: Attachment) -> Site:
         """The layer, and which batch item where its processor calls attention for each of them."""
-        item = self.calls[id(at)] if at.part.family.per_item else 0
+        item = self.calls[id(at)] if self.items else 0
         self.calls[id(at)] += 1
         return at, item
 
-    def index(self, tokens: int, device: torch.device) -> Tensor | None:
-        """int64 [S]: ``positions`` and then every other token of a sequence; None for the same order."""
-        if self.positions is None:
+    def index(self, layout: TokenLayout, joint: bool, device: torch.device) -> Tensor | None:
+        """Where the tokens of a call's ``layout`` stand in the model's sequence, int64 [S] or [B, S].
+
+        Text is whatever ``positions`` leave. None for the same order, which layers of a ``joint`` family that
+        see no text (refiners) have in any case.
+        """
+        if self.positions is None or (joint and not layout.text):
             return None
-        key = tokens, device
+        key = layout.sequence, device
         if key not in self.indices:
             positions = self.positions.to(device)
-            is_text = torch.ones(tokens, dtype=torch.bool, device=device)
-            is_text[positions] = False
-            rest = is_text.nonzero().flatten() if tokens > len(positions) else positions[:0]
-            self.indices[key] = torch.cat([positions, rest])
+            is_text = torch.ones(*positions.shape[:-1], layout.sequence, dtype=torch.bool, device=device)
+            is_text.scatter_(-1, positions, False)
+            text = is_text.byte().argsort(dim=-1, descending=True, stable=True)[..., : layout.text]
+            parts = [text, positions] if layout.text_first else [positions, text]
+            self.indices[key] = torch.cat(parts, dim=-1)
         return self.indices[key]
+
+    def share(self, at: Attachment, q: Tensor, config: Any) -> tuple[Ulysses | None, int, str]:
+        """:func:`share_out`, once a layer: by size, say, processes might not all ask when one does."""
+        if at not in self.shares:
+            apart = at.part.text_apart
+            if id(config) not in apart:
+                apart[id(config)] = at.part.family.joint and shares_text_apart(at.part.model)
+            self.shares[at] = share_out(config, q, self.grid, apart[id(config)])
+        return self.shares[at]
+
+    def whole_mask(self, mask: Tensor, share: Ulysses) -> Tensor:
+        """A mask over the tokens of all processes in turn, of one over those here."""
+        if mask.shape[-1] != share.tokens[share.rank]:
+            return mask
+        if id(mask) not in self.gathered:
+            self.gathered[id(mask)] = mask, share.all_tokens(mask)
+        return self.gathered[id(mask)][1]
+
+
+@dataclass(eq=False)
+class Memory:
+    """What a site and branch remember, and the step of its last call."""
+
+    cache: dict[str, Any] = field(default_factory=dict)
+    step: int | None = None
+
+    def phase(self, at: Attachment, tick: Tick) -> Phase:
+        """That of the schedule, but REFRESH for the first call after one that a step cache has skipped."""
+        layer = at.layer.index, at.layer.count
+        phase, last = at.schedule.phase(tick.step, tick.steps, *layer), self.step
+        self.step = tick.step
+        if phase is not Phase.SPARSE or last is None or tick.step is None:
+            return phase
+        skipped = (at.schedule.phase(step, tick.steps, *layer) for step in range(last + 1, tick.step))
+        return Phase.REFRESH if Phase.REFRESH in skipped else phase
 
 
 class Router:
@@ -117,9 +164,17 @@ class Router:
         self.full_plan_is_dense = True
         """Whether an all-kept static plan takes the model's own dense call (reported as "full plan")."""
         self._records: dict[Where, Record] = {}
-        self._memory: dict[tuple[Site, str], dict[str, Any]] = {}
+        self._memory: dict[tuple[Site, str], dict[tuple[int, TokenLayout], Memory]] = {}
+        """By batch size, as FasterCache runs some steps without the unconditional half of the batch, and by
+        layout, as the prompt may change from step to step."""
         self._made: dict[tuple[Any, ...], Any] = {}
+        self._share: Ulysses | None = None
         self._backends: dict[tuple[torch.device, bool, Rule | None], tuple[str, str]] = {}
+
+    def reseed(self, seed: int) -> None:
+        """For another generation: what was drawn is drawn anew."""
+        self.seed = seed
+        self._made.clear()
 
     def report(self) -> Report:
         """What ran since the last run of the pipeline began. Reading it synchronises the device, once."""
@@ -129,6 +184,10 @@ class Router:
             "schedule": str(self.schedule),
             "backend": ", ".join(backends) or self.backend,
         }
+        if self._share is not None:
+            share = self._share
+            mine = f"{len(share.own_heads)} of {share.layer_heads} in a layer"
+            about["heads"] = f"{mine}, in process {share.rank} of {len(share.heads)}"
         if self.density is not None:
             about["requested density"] = f"{self.density:g}"
         return Report.read(self._records, about)
@@ -142,95 +201,153 @@ class Router:
         mask: Tensor | None,
         scale: float | None,
         odd: bool,
+        parallel: Any = None,
     ) -> Tensor | None:
-        """One attention call: the sparse result [B, H, S, D], or None when the model's own call is to run."""
+        """One attention call: the sparse result [B, H, S, D], or None when the model's own call is to run.
+
+        With ``parallel``, a ``ContextParallelConfig`` of diffusers, q, k and v are those of the tokens here.
+        """
         forward = at.part.forward or _NOWHERE
-        given, at.hidden = at.hidden, None  # a layer's hidden states are not kept beyond its call
         site = forward.site(at)
-        layout, valid, reason = self._understand(at, forward, q, k, mask, odd)
+        given = at.hidden
+        if site[1] + 1 >= forward.items:
+            at.hidden = None  # a layer's hidden states are not kept beyond its last call
+        share, mine, keys, why = None, q, k, "causal, dropout or a block mask" if odd else ""
+        if parallel is not None:
+            share, tokens, cannot = forward.share(at, q, parallel)
+            why = why or cannot or at.method.needs_all_heads
+            if q.shape[1:3] != k.shape[1:3]:
+                why = why or "context parallelism where queries and keys differ in number or in heads"
+            # The shapes of what this process computes, without memory: it is exchanged once that is settled.
+            keys = _shaped(q, k, q.shape[1], tokens)
+            if share is not None:
+                self._share = share
+                mine = keys = _shaped(q, k, len(share.own_heads), tokens)
+                mask = None if mask is None else forward.whole_mask(mask, share)
+        layout, valid, reason = self._understand(at, forward, mine, keys, mask, why)
         hidden = None
         if layout is not None and given is not None:
-            hidden = _one_sequence(given, layout)
-            if hidden.shape[1] != q.shape[2]:
+            hidden = _one_sequence(given, layout, site[1] if forward.items else None)
+            if share is not None and hidden.shape[1] == layout.sequence:
+                hidden = share.tokens_here(hidden)  # Helios shares tokens out within its layers
+            if hidden.shape[1] != k.shape[2]:
                 layout, reason = (
                     None,
                     (
                         f"the method reads hidden states, of which the layer is given {hidden.shape[1]} for "
-                        f"{q.shape[2]} tokens"
+                        f"{k.shape[2]} tokens"
                     ),
                 )
         if layout is None:
-            if self.strict:
+            # A further call of a processor (IP adapters) reads a sequence with no grid, as it should.
+            if self.strict and not _reads_elsewhere(at, q, k):
                 raise ValueError(f"{at.layer.name} cannot run sparse: {reason}")
-            self._left_dense(at, forward, q, k, None, reason)
+            self._left_dense(at, forward, mine, keys, None, reason, share)
             return None
         tick = forward.tick
-        phase = at.schedule.phase(tick.step, tick.steps, at.layer.index, at.layer.count)
         if tick.step is not None and tick.step + 1 == tick.steps:
             # What was remembered can be gigabytes, for which the autoencoder that follows has a use.
             remembered = self._memory.pop((site, tick.branch), {})
         else:
             remembered = self._memory.setdefault((site, tick.branch), {})
+        memory = remembered.setdefault((forward.items or q.shape[0], layout), Memory())
+        phase = memory.phase(at, tick)
         if phase is Phase.DENSE:
-            self._left_dense(at, forward, q, k, valid, "schedule")
+            self._left_dense(at, forward, mine, keys, valid, "schedule", share)
             return None
         method = at.method
         if self.density is not None:
             density = self.density
             method = self._once((method, layout), lambda: at.method.at_density(density, layout))
-        index = forward.index(q.shape[2], q.device)
+        asked = None
+        if q.shape[2] < k.shape[2]:
+            q, asked = _beside_text(q, layout)
+        index = forward.index(layout, at.part.family.joint, q.device)
+        if share is not None:
+            heads = self._heads(at, method, layout, tick, share)
+            share = replace(share.reordered(index), heads=heads)
+            index = share.index
+        elif index is not None:
+            q, k, v = (taken(x, index, 2) for x in (q, k, v))
+            hidden = None if hidden is None else taken(hidden, index, 1)
         if index is not None:
-            q, k, v = (x.index_select(2, index) for x in (q, k, v))
-            valid = None if valid is None else valid[:, index]
-            hidden = None if hidden is None else hidden[:, index]
-        call = self._call(site, forward, layout, phase, q, k, valid, scale, remembered)
+            valid = None if valid is None else taken(valid, index, 1)
+            asked = None if asked is None else asked[index]
+        call = self._call(site, forward, layout, phase, mine, keys, valid, scale, memory.cache, share)
         if method.orders_by_qk:
             order = method.order(call).to(q.device)
         else:
             order = self._once(self._key("order", method, call, q), lambda: method.order(call).to(q.device))
-        call = call.at(order=order, hidden=hidden)
+        call = call.at(order=order, hidden=hidden, asked=asked)
         if self.full_plan_is_dense and method.is_dense(call):
-            self._left_dense(at, forward, q, k, valid, "full plan")
+            self._left_dense(at, forward, mine, keys, valid, "full plan", share)
             return None
         if self.full_plan_is_dense and method.is_static and method.only_plans:
             # A plan is made for ordered q and k: an order with holes has more slots than tokens.
+            asking = q if share is None else mine
             full = self._once(
                 (*self._key("full", method, call, q), forward.anchors),
-                lambda: _is_full(method.planned(order.apply(q), order.apply(k), call)),
+                lambda: call.everywhere(
+                    _is_full(method.planned(order.apply(asking), order.apply(keys), call)), q.device
+                ),
             )
             if full:
-                self._left_dense(at, forward, q, k, valid, "full plan")
+                self._left_dense(at, forward, mine, keys, valid, "full plan", share)
                 return None
+        if share is not None:
+            q, k, v = share.to_heads(torch.cat([q, k, v], -1)).split([x.shape[3] for x in (q, k, v)], -1)
         out = order.undo(method.attend(order.apply(q), order.apply(k), order.apply(v), call))
         if torch.is_grad_enabled() and not forward.replays:
             forward.caches[site] = call.phase, dict(call.cache)
-        return out if index is None else out.index_select(2, index.argsort())
+        if share is not None:
+            return share.to_tokens(out)
+        out = out if index is None else taken(out, index.argsort(dim=-1), 2)
+        return out if asked is None else out.narrow(2, *_but_text(layout))
+
+    def _heads(
+        self, at: Attachment, method: SparseProcessor, layout: TokenLayout, tick: Tick, share: Ulysses
+    ) -> Heads:
+        """Who computes which heads: for the whole run, as what a head remembers stays where it is."""
+
+        def make() -> Heads:
+            own = at.layer
+            call = Call.standalone(layout, layer=own.index, layers=own.count, heads=share.layer_heads)
+            call = call.at(name=f"{at.part.name}/{own.name}", step=tick.step, steps=tick.steps)
+            costs = method.head_costs(call)
+            return share.heads if costs is None else balanced(costs.tolist(), share.heads)
+
+        return self._once(("heads", method, layout, at.part.name, at.layer.name, share.heads), make)
 
     def _understand(
-        self, at: Attachment, forward: Forward, q: Tensor, k: Tensor, mask: Tensor | None, odd: bool
+        self, at: Attachment, forward: Forward, q: Tensor, k: Tensor, mask: Tensor | None, why: str
     ) -> tuple[TokenLayout | None, Tensor | None, str]:
         """(layout, key validity, "") of a call a method can honour, or (None, None, why not)."""
         if forward is _NOWHERE:
             return None, None, "called outside its transformer's forward, which tells the grid"
-        if odd:
-            return None, None, "causal, dropout, a block mask or context parallelism"
-        if k.shape[2] != q.shape[2]:
+        if why:
+            return None, None, why
+        if _scores_are_skipped(at.module):
+            return None, None, "a guider replaces its attention weights"
+        if _reads_elsewhere(at, q, k):
             return None, None, f"{q.shape[2]} queries read {k.shape[2]} keys of another sequence"
-        layout = forward.grid
+        layout, family = forward.grid, at.part.family
         if isinstance(layout, str):
             return None, None, layout
-        rest = q.shape[2] - layout.sequence
-        if rest < 0 or (rest > 0 and not at.part.family.joint):
+        rest = k.shape[2] - layout.sequence
+        fits = rest == 0 or (rest > 0 and family.joint)
+        if not fits or not (family.text_asks or q.shape[2] == layout.sequence):
             sizes = "x".join(map(str, layout.grid))
             return None, None, f"the sequence has {q.shape[2]} tokens, the grid {sizes} has {layout.sequence}"
         if rest:
             layout = replace(layout, text=rest)
         if mask is None:
             return layout, None, ""
+        read = family.validity
+        if read is not None:
+            return layout, read(mask), ""  # not kept: each layer of Chroma makes one of S x S
         if id(mask) in forward.masks:
             return layout, forward.masks[id(mask)][1], ""
-        read = at.part.family.validity
-        valid = read(mask) if read is not None else _key_validity(mask, q.shape[0], layout.sequence)
+        valid = _key_validity(mask, q.shape[0], layout.sequence)
         if isinstance(valid, str):
             return None, None, valid
         # The mask is kept with what was read from it, so that its id cannot become another's.
@@ -248,6 +365,7 @@ class Router:
         valid: Tensor | None,
         scale: float | None,
         cache: dict[str, Any],
+        share: Ulysses | None,
     ) -> Call:
         (at, _), tick, device, training = site, forward.tick, q.device, torch.is_grad_enabled()
         needs_grad = training and any(x.requires_grad for x in (q, k))
@@ -270,7 +388,7 @@ class Router:
             # A method may compute more than one part of an attention call: it stays one call over all pairs.
             first = next(runs) == 0
             every = self._every(q, k, valid) * first
-            self._record(at, forward, phase, backend, "", q).add(pairs, every, q.shape[0], first)
+            self._record(at, forward, phase, backend, "", q, share).add(pairs, every, q.shape[0], first)
             return backend
 
         def plan_cache(method: SparseProcessor, make: Callable[[], Plan], call: Call) -> Plan:
@@ -306,6 +424,7 @@ class Router:
             replays=forward.replays,
             part=at.module._modules.get("sparse_branch"),
             backend=self.backend,
+            share=share,
             on_run=on_run,
             plan_cache=plan_cache,
         )
@@ -321,7 +440,8 @@ class Router:
         layer = (call.layer, call.name) if "layer" in method.reads else None
         # What a method remembers from step to step lies in one order, so an order depends on no step.
         step = (call.step, call.steps) if "step" in method.reads and what != "order" else None
-        return what, method, call.layout, q.device, call.heads, layer, step
+        heads = call.heads if call.share is None else call.share.heads
+        return what, method, call.layout, q.device, heads, layer, step
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         if key not in self._made:
@@ -329,12 +449,20 @@ class Router:
         return self._made[key]
 
     def _left_dense(
-        self, at: Attachment, forward: Forward, q: Tensor, k: Tensor, valid: Tensor | None, reason: str
+        self,
+        at: Attachment,
+        forward: Forward,
+        q: Tensor,
+        k: Tensor,
+        valid: Tensor | None,
+        reason: str,
+        share: Ulysses | None,
     ) -> None:
         """Record a call that the model computes itself."""
         if not forward.replays:
             every = self._every(q, k, valid)
-            self._record(at, forward, Phase.DENSE, "model", reason, q).add(every, every, q.shape[0])
+            record = self._record(at, forward, Phase.DENSE, "model", reason, q, share)
+            record.add(every, every, q.shape[0])
 
     def _every(self, q: Tensor, k: Tensor, valid: Tensor | None) -> Tensor:
         """All token pairs of a call, int64 [B or 1, 1]."""
@@ -343,24 +471,74 @@ class Router:
         return valid.sum(-1)[:, None] * q.shape[2]
 
     def _record(
-        self, at: Attachment, forward: Forward, phase: Phase, backend: str, reason: str, q: Tensor
+        self,
+        at: Attachment,
+        forward: Forward,
+        phase: Phase,
+        backend: str,
+        reason: str,
+        q: Tensor,
+        share: Ulysses | None,
     ) -> Record:
         tick, layer = forward.tick, at.layer
         where = Where(
             at.part.name, tick.step, layer.index, layer.name, tick.branch, phase, backend, reason
         )  # fmt: skip
-        return self._records.setdefault(where, Record(q.shape[1]))
+        heads = range(q.shape[1]) if share is None else share.own_heads
+        return self._records.setdefault(where, Record(heads))
 
 
 _NOWHERE = Forward(TokenLayout((1, 1, 1)), Tick(None, None, "cond", False), 0)
 
 
-def _one_sequence(hidden: tuple[Tensor, Tensor | None], layout: TokenLayout) -> Tensor:
-    """The hidden states of grid and text in the order of the attention call, [B, S, C]."""
+def _shaped(q: Tensor, k: Tensor, heads: int, tokens: int) -> Tensor:
+    """Stands for [B, heads, tokens, D] where only shape, device and need of gradients count."""
+    one = q.new_empty((), requires_grad=q.requires_grad or k.requires_grad)
+    return one.expand(q.shape[0], heads, tokens, q.shape[3])
+
+
+def _reads_elsewhere(at: Attachment, q: Tensor, k: Tensor) -> bool:
+    return k.shape[2] != q.shape[2] and at.part.family.text_asks
+
+
+def _but_text(layout: TokenLayout) -> tuple[int, int]:
+    """Where the tokens that are not text stand in the model's sequence: (start, length)."""
+    return layout.text * layout.text_first, layout.sequence - layout.text
+
+
+def _beside_text(q: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+    """Queries of the whole sequence, text's being zeros, and which were asked, bool [S]."""
+    start, length = _but_text(layout)
+    tokens = torch.arange(layout.sequence, device=q.device)
+    asked = (tokens >= start) & (tokens < start + length)
+    return torch.nn.functional.pad(q, (0, 0, start, layout.text - start)), asked
+
+
+def _one_sequence(hidden: tuple[Tensor, Tensor | None], layout: TokenLayout, item: int | None) -> Tensor:
+    """The hidden states of grid and text in the order of the attention call, [B, S, C].
+
+    Args:
+        item: The batch item of the call, where each has its own: its text is then cut to length.
+    """
     grid, text = hidden
+    if item is not None:
+        grid = grid[item, None]
     if text is None:
         return grid
+    if item is not None or text.shape[2] != grid.shape[2]:
+        text = grid.new_zeros(len(grid), layout.text, grid.shape[2])
     return torch.cat([text, grid] if layout.text_first else [grid, text], dim=1)
+
+
+def _scores_are_skipped(module: nn.Module) -> bool:
+    """Whether a guider (PAG) lets each token of this layer attend to itself only, by patching sdpa."""
+    from diffusers.hooks.layer_skip import AttentionProcessorSkipHook
+
+    hooks = module.__dict__.get("_diffusers_hook")
+    return hooks is not None and any(
+        isinstance(hook, AttentionProcessorSkipHook) and hook.skip_attention_scores
+        for hook in hooks.hooks.values()
+    )
 
 
 def _is_full(plan: Plan) -> bool:

@@ -103,6 +103,8 @@ class Family:
         checkpoints: Name users type -> Checkpoint.
         pixels: (transformer's config, autoencoder's config) -> (frames, height, width) that become one token.
         lone_first_frame: The first frame is a token frame of its own, so lengths are 1 + a multiple.
+        call: Keywords of every call of its pipelines, where those have no usable default; flags come first.
+        tiled: Its autoencoder decodes in tiles alone.
         multiples: As ``pixels``: what sizes must be multiples of, where the pipelines ask for more.
         pipeline_class: (``model_index.json``, whether an image is given) -> pipeline class in diffusers.
             ValueError: An image for a model that takes none, or none for one that needs it.
@@ -131,6 +133,8 @@ class Family:
     presets: Mapping[tuple[str, str], Mapping[str, Preset]] = field(default_factory=dict)
     checkpoints: Mapping[str, Checkpoint] = field(default_factory=dict)
     lone_first_frame: bool = True
+    call: Config = field(default_factory=dict)
+    tiled: bool = False
     multiples: Callable[[Config, Config], tuple[int, int, int]] | None = None
     pipeline_class: Callable[[Config, bool], str] = own_pipeline
     size_of: Callable[[Config, int], str | None] | None = None

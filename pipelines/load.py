@@ -182,15 +182,20 @@ def load(
             # The name that every supported diffusers knows; newer ones also call it dtype.
             warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
             pipe = cls.from_pretrained(source.location, torch_dtype=dtypes, use_safetensors=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         _check_complete(source)
         raise ValueError(f"{source.location} cannot be loaded: {_first_line(error)}") from error
+    if source.family.tiled:
+        pipe.vae.enable_tiling()
     return (pipe if device is None else pipe.to(device)), source.checkpoint
 
 
 def _class(index: Mapping[str, Any], name: str) -> str | None:
     """The class of a component in a ``model_index.json``; None where it has none."""
-    return (index.get(name) or (None, None))[1]
+    cls = (index.get(name) or (None, None))[1]
+    if cls == "Transformer2DModel" and index["_class_name"].startswith("PixArt"):
+        return "PixArtTransformer2DModel"  # by its old name, which diffusers replaces too
+    return cls
 
 
 def _file(location: str, is_folder: bool, name: str, checkpoint: Checkpoint | None) -> Path:

@@ -11,7 +11,7 @@ from dit_sparse.processors import METHODS
 def refusal(family: Family, method: SparseProcessor) -> str:
     """Why a method does not apply to a family; empty where it does."""
     if not family.video and method.needs_frames:
-        return f"{family.name} makes images, and {method.needs_frames}"
+        return f"an image is one frame, and {method.needs_frames}"
     return ""
 
 

@@ -1,5 +1,8 @@
-"""Wan 2.1 and 2.2: text, image and VACE to video. Text and image enter by cross-attention, which stays
-dense. What each method does at each size is in ``wan_presets.py``.
+"""Wan 2.1 and 2.2, and what was made of them: VACE, Animate, ChronoEdit and SkyReels-V2. Text, image and face
+enter by cross-attention, which stays dense, so self-attention has the grid alone. Animate's reference image
+is the first frame of the grid. SkyReels-V2 with diffusion forcing gives each frame a timestep of its own, and
+may let blocks of frames read only those before them: such a call stays dense. The released models are in
+``wan_checkpoints.py``, what each method does at each size is in ``wan_presets.py``.
 """
 
 from __future__ import annotations
@@ -8,7 +11,8 @@ from math import lcm
 from typing import Any
 
 from dit_sparse.layout import Layer, TokenLayout
-from dit_sparse.pipelines.family import Arguments, Checkpoint, Config, Family, numbered, patches
+from dit_sparse.pipelines.family import Arguments, Config, Family, numbered, patches
+from dit_sparse.pipelines.wan_checkpoints import CHECKPOINTS
 from dit_sparse.pipelines.wan_presets import PRESETS
 
 TINY: Config = {
@@ -24,6 +28,20 @@ TINY: Config = {
     "cross_attn_norm": True,
     "rope_max_seq_len": 64,
 }
+TINY_ANIMATE: Config = {
+    **TINY,
+    "in_channels": 12,
+    "latent_channels": 4,
+    "image_dim": None,
+    "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 4},
+    "motion_encoder_size": 16,
+    "motion_style_dim": 8,
+    "motion_dim": 4,
+    "motion_encoder_dim": 16,
+    "face_encoder_hidden_dim": 8,
+    "face_encoder_num_heads": 2,
+    "inject_face_latents_blocks": 3,
+}
 
 
 def layers(model: Any) -> list[Layer]:
@@ -35,16 +53,19 @@ def layers(model: Any) -> list[Layer]:
     return numbered(model, own + control, index=[*range(count), *fed], count=count)
 
 
-def layout(model: Any, args: Arguments) -> TokenLayout:
-    """``hidden_states`` is [B, C, F, H, W]."""
+def layout(model: Any, args: Arguments) -> TokenLayout | str:
+    """``hidden_states`` is [B, C, F, H, W]; Animate's begin with the frame of the reference."""
+    causal = model.config.get("num_frame_per_block", 1)
+    if causal > 1:
+        return f"blocks of {causal} frames read only themselves and those before them"
     return TokenLayout(patches(args["hidden_states"].shape[2:], model.config.patch_size))
 
 
 def anchors(model: Any, args: Arguments) -> int:
-    """The given image is the first frame. It comes as extra input channels, or (TI2V) with a timestep of its
-    own.
+    """The given image is the first frame. It comes as extra input channels, or with a timestep of its own.
 
-    TI2V has timesteps per token also without an image; reading the first frame does no harm there.
+    TI2V has timesteps per token, and diffusion forcing per frame, also without an image; reading the first
+    frame does no harm there.
     """
     is_vace = hasattr(model, "vace_blocks")
     extra_channels = model.config.in_channels > model.config.out_channels and not is_vace
@@ -58,6 +79,8 @@ def size_of(transformer: Config, experts: int) -> str | None:
         transformer: The transformer's ``config.json``.
         experts: Transformers of the pipeline, 2 for the A14B models of Wan2.2.
     """
+    if transformer["_class_name"] not in ("WanTransformer3DModel", "WanVACETransformer3DModel"):
+        return None  # nothing was published for what was made of Wan
     sizes = {(12, 30): "1.3b", (40, 40): "14b", (24, 30): "5b"}
     size = sizes.get((transformer["num_attention_heads"], transformer["num_layers"]))
     return "a14b" if size == "14b" and experts == 2 else size
@@ -83,99 +106,38 @@ def multiples(transformer: Config, vae: Config) -> tuple[int, int, int]:
 
 
 def pipeline_class(index: Config, image: bool) -> str:
-    """The pipeline in diffusers for a ``model_index.json``: Wan2.2 TI2V has two.
+    """The pipeline in diffusers for a ``model_index.json``: some models have two.
 
     Raises:
         ValueError: An image for a model that takes none, or none for one that needs it.
     """
-    name, both = index["_class_name"], index.get("expand_timesteps", False)
-    if both:
+    name = index["_class_name"]
+    if index.get("expand_timesteps", False):  # Wan2.2 TI2V
         return "WanImageToVideoPipeline" if image else "WanPipeline"
-    if name == "WanPipeline" and image:
+    if name == "SkyReelsV2DiffusionForcingPipeline":
+        return "SkyReelsV2DiffusionForcingImageToVideoPipeline" if image else name
+    if name in ("WanPipeline", "SkyReelsV2Pipeline") and image:
         raise ValueError("a text-to-video model takes no image; image-to-video models are listed as such")
-    if name == "WanImageToVideoPipeline" and not image:
+    if name in FROM_IMAGE and not image:
         raise ValueError("an image-to-video model needs an image")
     return name
 
 
-# `fps` and `flow_shift` are no keywords of the pipeline's call: whoever calls it takes them out. Sources:
-# examples in diffusers 0.42 (Wan2.1: flow shift 3 for 480p, 5 for 720p); wan/configs of Wan-Video/Wan2.2.
-_480P = {"height": 480, "width": 832, "num_frames": 81, "fps": 16, "flow_shift": 3.0}
-_720P = {"height": 720, "width": 1280, "num_frames": 81, "fps": 16, "flow_shift": 5.0}
-_WAN21 = {"num_inference_steps": 50, "guidance_scale": 5.0}
-
-CHECKPOINTS: dict[str, Checkpoint] = {
-    "wan2.1": Checkpoint(
-        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-        "1.3b",
-        "text to video, 480p; about 29 GB on disk; fits a 24 GB card in bfloat16",
-        {**_480P, **_WAN21},
-    ),
-    "wan2.1-14b": Checkpoint(
-        "Wan-AI/Wan2.1-T2V-14B-Diffusers",
-        "14b",
-        "text to video, 480p and 720p; on a 24 GB card with --offload group",
-        {**_720P, **_WAN21},
-        "WanTransformer3DModel",
-        {},
-        (40, 40, 128),
-        TokenLayout((21, 45, 80)),
-    ),
-    "wan2.1-i2v": Checkpoint(
-        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
-        "14b",
-        "image to video, 480p; on a 24 GB card with --offload group",
-        {**_480P, **_WAN21},
-    ),
-    "wan2.1-i2v-720p": Checkpoint(
-        "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
-        "14b",
-        "image to video, 720p; on a 24 GB card with --offload group",
-        {**_720P, **_WAN21},
-    ),
-    "wan2.1-vace": Checkpoint(
-        "Wan-AI/Wan2.1-VACE-1.3B-diffusers",
-        "1.3b",
-        "text and reference image to video, 480p; fits a 24 GB card in bfloat16",
-        {**_480P, **_WAN21},
-    ),
-    "wan2.1-vace-14b": Checkpoint(
-        "Wan-AI/Wan2.1-VACE-14B-diffusers",
-        "14b",
-        "text and reference image to video, 480p and 720p; on a 24 GB card with --offload group",
-        {**_720P, **_WAN21},
-    ),
-    "wan2.2": Checkpoint(
-        "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
-        "a14b",
-        "text to video, two experts, 480p and 720p; on a 24 GB card with --offload group",
-        {
-            **_720P,
-            "num_inference_steps": 40,
-            "guidance_scale": 4.0,
-            "guidance_scale_2": 3.0,
-            "flow_shift": 12.0,
-        },
-    ),
-    "wan2.2-i2v": Checkpoint(
-        "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
-        "a14b",
-        "image to video, two experts, 480p and 720p; on a 24 GB card with --offload group",
-        {**_720P, "num_inference_steps": 40, "guidance_scale": 3.5, "guidance_scale_2": 3.5},
-    ),
-    "wan2.2-5b": Checkpoint(
-        "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
-        "5b",
-        "text or image to video, 720p at 24 frames a second; on a 24 GB card with --offload model",
-        {**_720P, **_WAN21, "height": 704, "num_frames": 121, "fps": 24},
-    ),
-}
+FROM_IMAGE = (
+    "WanImageToVideoPipeline",
+    "WanAnimatePipeline",
+    "ChronoEditPipeline",
+    "SkyReelsV2ImageToVideoPipeline",
+)
 
 FAMILY = Family(
     name="wan",
     transformers={
         "WanTransformer3DModel": TINY,
         "WanVACETransformer3DModel": {**TINY, "vace_layers": [0, 2], "vace_in_channels": 8},
+        "WanAnimateTransformer3DModel": TINY_ANIMATE,
+        "ChronoEditTransformer3DModel": {**TINY, "in_channels": 12},
+        "SkyReelsV2Transformer3DModel": TINY,
     },
     layers=layers,
     layout=layout,

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import diffusers
 import pytest
 import tiny_models as tiny
 import torch
+from packaging.version import Version
 from torch import nn
 
 import dit_sparse
@@ -26,6 +28,9 @@ def rows(session: dit_sparse.Session, phase: Phase) -> list[Any]:
     return [r for r in session.report().rows if r.where.phase is phase]
 
 
+@pytest.mark.skipif(
+    Version(diffusers.__version__) < Version("0.41"), reason="WanPipeline tells its transformer no steps"
+)
 def test_the_seam_works_literally() -> None:
     pipe = tiny.wan_pipeline()
     stock = tiny.run_wan(pipe)

@@ -269,10 +269,16 @@ def test_errors() -> None:
     dense[:, 1] = 3
     out[:, 1] = 2
     out[1, 0] = 5
-    torch.testing.assert_close(error(out, dense, "mse"), torch.tensor([[0.0, 1.0], [16.0, 1.0]]))
-    torch.testing.assert_close(error(out, dense, "relative"), torch.tensor([[0.0, 0.2], [3.2, 0.2]]))
-    torch.testing.assert_close(error(7 * out, 7 * dense, "relative"), error(out, dense, "relative"))
-    assert error(dense * 0, dense * 0, "relative").tolist() == [[0, 0], [0, 0]]
+    layout = TokenLayout((1, 2, 2))
+    call = Call.standalone(layout, heads=2).at(order=Order.raster(layout))
+    relative = error(out, dense, "relative", call)
+    torch.testing.assert_close(error(out, dense, "mse", call), torch.tensor([[0.0, 1.0], [16.0, 1.0]]))
+    torch.testing.assert_close(relative, torch.tensor([[0.0, 0.2], [3.2, 0.2]]))
+    torch.testing.assert_close(error(7 * out, 7 * dense, "relative", call), relative)
+    assert error(dense * 0, dense * 0, "relative", call).tolist() == [[0, 0], [0, 0]]
+    here = torch.tensor([[True, True, True, False]])
+    out[:, :, 3], dense[:, :, 3] = 100.0, -100.0
+    torch.testing.assert_close(error(out, dense, "relative", call.at(valid=here)), relative)
 
 
 @pytest.mark.parametrize("seed", range(8))

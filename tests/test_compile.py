@@ -100,5 +100,6 @@ def test_the_op_passes_opcheck() -> None:
         q, k, v = (tiny.randn(1, 2, 120, 12, seed=i) for i in range(3))
         handle = model.blocks[1].attn1.processor._handle
         torch.library.opcheck(
-            torch.ops.dit_sparse.core.default, (q, k, v, None, handle, None, 0.0, [True, False, False, False])
+            torch.ops.dit_sparse.core.default,
+            (q, k, v, None, handle, None, 0.0, [True, False, False, True, False]),
         )

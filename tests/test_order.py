@@ -57,7 +57,7 @@ def test_every_token_once_and_the_grid_first(case):
     text = range(layout.text_start, layout.text_start + layout.text)
     prefix = range(layout.grid_start - layout.prefix, layout.grid_start)
     end = layout.grid_start + layout.tokens
-    assert after == [*text, *prefix, *range(end, end + layout.suffix)]
+    assert after == [*prefix, *range(end, end + layout.suffix), *text]
     if layout.extra:
         assert (order.slots - layout.extra) % block == 0
         assert (index[order.slots - layout.extra :] >= 0).all()

@@ -37,6 +37,10 @@ def processor_classes() -> list[type]:
     return sorted(found, key=lambda c: (c.__module__, c.__name__))
 
 
+CAUSAL = {"MiniMaxMusic3DepthAttnProcessor"}
+"""All their attention is causal by its source, which is left alone."""
+
+
 def calls_core(cls: type) -> bool:
     names = cls.__call__.__code__.co_names  # type: ignore[operator]
     return "dispatch_attention_fn" in names or "scaled_dot_product_attention" in names
@@ -44,15 +48,24 @@ def calls_core(cls: type) -> bool:
 
 def test_every_processor_of_diffusers_with_an_attention_call_can_be_redirected() -> None:
     classes = processor_classes()
-    assert len(classes) > 80
+    assert len(classes) > 70
     for cls in classes:
         new = redirected(cls, Redirected)
-        assert (new is not None) == calls_core(cls), cls
+        assert (new is not None) == (calls_core(cls) and cls.__name__ not in CAUSAL), cls
         if new is not None:
             assert issubclass(new, cls)
             assert inspect.signature(new.__call__) == inspect.signature(cls.__call__)  # type: ignore[operator]
             assert new.__call__.__globals__ is cls.__call__.__globals__  # type: ignore[operator]
             assert new is redirected(cls, Redirected)
+
+
+def test_another_of_its_kind_is_a_stock_one() -> None:
+    """As diffusers makes them when it unloads an IP-Adapter."""
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    new = redirected(WanAttnProcessor, Redirected)
+    assert new is not None
+    assert type(new()) is WanAttnProcessor
 
 
 def test_line_numbers_are_those_of_the_models_file() -> None:
@@ -65,7 +78,8 @@ def test_line_numbers_are_those_of_the_models_file() -> None:
         def _core(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             raise RuntimeError("core")
 
-    processor = redirected(WanAttnProcessor, Broken)()  # type: ignore[misc]
+    processor: Any = WanAttnProcessor()
+    processor.__class__ = redirected(WanAttnProcessor, Broken)
     model = tiny.wan()
     with pytest.raises(RuntimeError, match="core") as caught:
         processor(model.blocks[0].attn1, tiny.randn(1, 8, 24))

@@ -90,12 +90,12 @@ class AdaSpaProcessor(SparseProcessor):
             keep = top_k(mass[..., :grid, :grid], count, eligible[..., :grid])
             return with_text(keep, *mass.shape[-2:]) & eligible
 
-        held = (mass * heaviest(self.density)).sum((-2, -1)) / mass.sum((-2, -1))
+        held = call.all_heads((mass * heaviest(self.density)).sum((-2, -1)) / mass.sum((-2, -1)))
         heads = held.shape[1]
         moved = (held > self.recall).sum(-1, keepdim=True).clamp(max=heads // 2)
         rank = held.argsort(dim=-1, stable=True).argsort(-1)
         level = (rank < moved).double() - (rank >= heads - moved).double()
-        share = self.density + level * min(self.density / 2, 1 - self.density)
+        share = self.density + call.own(level, 1) * min(self.density / 2, 1 - self.density)
         return Plan.from_blocks(heaviest(share[..., None]), self.block)
 
     def mass(self, q: Tensor, k: Tensor, call: Call) -> Tensor:

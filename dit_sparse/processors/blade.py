@@ -84,8 +84,9 @@ class BladeProcessor(SparseProcessor):
             offsets = [spread[None, None]] * 2
         else:
             generator = call.at(branch="").generator()
-            draws = [torch.rand(1, x.shape[1], self.block, generator=generator) for x in (q, k)]
-            offsets = [draw.topk(self.samples).indices.to(q.device) for draw in draws]
+            heads = (call.layer_heads * x.shape[1] // call.heads for x in (q, k))
+            draws = [torch.rand(1, n, self.block, generator=generator) for n in heads]
+            offsets = [call.own(draw.topk(self.samples).indices.to(q.device), 1) for draw in draws]
         valid, grid, eligible = call.slots_valid(), call.grid_blocks(self.block), call.eligible(self.block)
         scores = asa_importance(q, k, self.block, offsets, self.importance, valid=valid, scale=call.scale)
         scores, rule = scores[:, :, :grid, :grid], (self.energy, self.least, self.most, self.inclusive)

@@ -156,7 +156,7 @@ class _Search:
         for frames in self.densities:
             sparse, _ = here.run(q, k, v, replace(method, frames=frames).plan(q, k, here))
             _, (sparse,) = under(call.order, here, sparse)
-            losses.append(error(sparse, out, method.metric).mean())
+            losses.append(error(sparse, out, method.metric, call).mean())
         self.errors.setdefault(layer_key(call), []).append(torch.stack(losses).cpu())
 
     def result(self) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:

@@ -30,6 +30,10 @@ class HedgehogMixture(nn.Module):
         self.query, self.key = (nn.Parameter(torch.eye(head_dim).repeat(heads, 1, 1)) for _ in range(2))
         self.register_parameter("r", None if r is None else nn.Parameter(torch.tensor(r)))
 
+    def forward(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """They are asked for by a call, as offloading brings a module's weights for the time of one."""
+        return self.query, self.key, self.r  # type: ignore[return-value]
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinVideoProcessor(SparseProcessor):
@@ -93,12 +97,13 @@ class LinVideoProcessor(SparseProcessor):
         settled = self._settled(call)
         if settled == 1:
             return call.run_dense(q, k, v)[0]
-        part: Any = call.part or HedgehogMixture(call.heads, q.shape[-1], self.r).to(q.device)
-        weights = part.query, part.key
+        part: Any = call.part or HedgehogMixture(call.layer_heads, q.shape[-1], self.r).to(q.device)
+        query, key, share = part()
+        weights = call.own(query), call.own(key)
         linear = call.run_linear(q, k, v, feature_map="hedgehog", weights=weights, eps=EPS)
         if settled == 0:
             return linear
-        return part.r * call.run_dense(q, k, v)[0] + (1 - part.r) * linear
+        return share * call.run_dense(q, k, v)[0] + (1 - share) * linear
 
     def _settled(self, call: Call) -> float | None:
         """r as a number, where it does not change; None while it is trained."""
@@ -106,7 +111,7 @@ class LinVideoProcessor(SparseProcessor):
             return float(call.layer not in self.linear_layers)
         if call.part is None:
             return self.r
-        r: Any = call.part.r
+        r: Any = call.part()[2]
         if torch.is_grad_enabled() and r.requires_grad:
             return None
         return call.cached("r", lambda: float(r), renew=False)

@@ -166,15 +166,25 @@ class _Windows(SparseProcessor):
 
     def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
         heads = self.axes(call.layout.grid)
-        if len(heads) not in (1, call.heads):
-            raise ValueError(f"windows for {len(heads)} heads where there are {call.heads}: {self}")
+        if len(heads) not in (1, call.layer_heads):
+            raise ValueError(f"windows for {len(heads)} heads where there are {call.layer_heads}: {self}")
         tile = self._cut(call.layout.grid, heads[0])
         pairs = [list(zip(axes, tile, strict=True)) for axes in heads]
         met = torch.stack([reduce(torch.kron, (axis.met(t) for axis, t in each)) for each in pairs])
+        if len(heads) > 1:
+            met = call.own(met)
         keep = with_text(met.flatten(3).flatten(1, 2), *(blocks_of(x.shape[2], prod(tile)) for x in (q, k)))
         whole = all(axis.visited(t, t)[2] for axis, t in pairs[0])
         rule = Neighbors(heads[0], call.layout.grid_start) if self._by_token and not whole else None
         return Plan.from_blocks(keep.to(q.device), prod(tile), rule)
+
+    def head_costs(self, call: Call) -> Tensor | None:
+        """Token pairs."""
+        if len(self.axes(call.layout.grid)) == 1:
+            return None
+        call = call.at(order=self.order(call))
+        nothing = torch.empty(1, call.heads, call.slots_valid().shape[-1], 0)
+        return call.pairs(self.plan(nothing, nothing, call))[0][0].double()
 
     def at_density(self, density: float, layout: TokenLayout) -> _Windows:
         """The ``window`` whose density is nearest to ``density``, all else as it comes to on this grid.

@@ -116,6 +116,13 @@ class PAROProcessor(CalibratedProcessor):
         known = call.cache["orders"][0] if "orders" in call.cache else self._stored_orders(call)
         return axis_orders(call.layout, self.block, known)
 
+    def head_costs(self, call: Call) -> Tensor | None:
+        """Blocks of a calibration's masks."""
+        if self.calibrated is None:
+            return None
+        keep = self._stored_mask(call.at(order=Order.raster(call.layout, self.block)))
+        return keep[0].sum((-2, -1)).double()
+
     def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
         if self._searches(call):
             self._renew(q, k, call.run_dense(q, k, k)[1], call)
@@ -201,7 +208,13 @@ class PAROProcessor(CalibratedProcessor):
             return self.best(torch.stack([x[2] for x in self.measured(q, k, lse, call)])).squeeze(0)
 
         order = axis_orders(call.layout, self.block, call.cached("orders", orders, renew=False))
-        call.cached("plan", lambda: self._whole(self.keep(*self.measure(q, k, lse, order, call)[:2]), call))
+
+        def mask() -> Plan:
+            # A density is that of the layer: its heads compete.
+            mass, pairs = (call.all_heads(x) for x in self.measure(q, k, lse, order, call)[:2])
+            return self._whole(call.own(self.keep(mass, pairs), 1), call)
+
+        call.cached("plan", mask)
 
     def _whole(self, keep: Tensor, call: Call) -> Plan:
         blocks = call.filled(self.block).shape[-1]
@@ -209,7 +222,7 @@ class PAROProcessor(CalibratedProcessor):
 
     def _stored_orders(self, call: Call) -> Tensor:
         assert self.calibrated is not None
-        return torch.tensor([ORDERS.index(name) for name in self.calibrated.layer(call)["orders"]])
+        return call.own(torch.tensor([ORDERS.index(name) for name in self.calibrated.layer(call)["orders"]]))
 
     def _stored_mask(self, call: Call) -> Tensor:
         """The mask of this part of the run, or of the nearest that the calibration saw: [1, H, Q, K]."""
@@ -217,7 +230,8 @@ class PAROProcessor(CalibratedProcessor):
         parts, part = self.calibrated.layer(call)["parts"], self.part(call.step or 0, call.steps or 1)
         nearest = min(range(len(parts)), key=lambda i: abs(parts[i] - part))
         bits = self.calibrated.tensors[f"{layer_key(call)}/masks"][None, nearest]
-        return PackedPlan(bits, pair_of(self.block), call.grid_blocks(self.block)).unpack().to_blocks()
+        keep = PackedPlan(bits, pair_of(self.block), call.grid_blocks(self.block)).unpack().to_blocks()
+        return call.own(keep, 1)
 
 
 class PAROSearch:

@@ -50,6 +50,9 @@ class RandomProcessor(WindowProcessor):
     def order(self, call: Call) -> Order:
         return super().order(call) if self.like is None else self.like.order(call)
 
+    def head_costs(self, call: Call) -> Tensor | None:
+        return None if self.like is None else self.like.head_costs(call)
+
     def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
         if self.like is None:
             return super().plan(q, k, call)

@@ -92,6 +92,13 @@ class ReTtentionProcessor(SparseProcessor):
     def order(self, call: Call) -> Order:
         return self.inner.order(call)
 
+    @property
+    def needs_all_heads(self) -> str:
+        return self.inner.needs_all_heads
+
+    def head_costs(self, call: Call) -> Tensor | None:
+        return self.inner.head_costs(call)
+
     def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
         if self._is_constant:
             return self.inner.plan(q, k, call)

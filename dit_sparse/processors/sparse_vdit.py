@@ -103,6 +103,13 @@ class SparseVDiTProcessor(CalibratedProcessor):
             return Order.raster(call.layout)
         return self._order(self._decided(call)[0], call.layout)
 
+    def head_costs(self, call: Call) -> Tensor | None:
+        """Densities of the modes of a calibration."""
+        if self.calibrated is None:
+            return None
+        costs = self._densities(call.layout)[self._decided(call)[0]]
+        return costs.repeat_interleave(call.heads // len(costs))
+
     def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
         modes, stripes = self._decided(call)
         keep = self._keep(torch.tensor(modes, device=stripes.device), stripes, call)
@@ -155,7 +162,7 @@ class SparseVDiTProcessor(CalibratedProcessor):
             return call.cached("decided", _undecided, renew=False)
         name, found = layer_key(call), self.calibrated.layer(call)
         stripes = self.calibrated.tensors.get(f"{name}/stripes")
-        shape = call.kv_heads, blocks_of(call.layout.tokens, self.block)
+        shape = call.layer_heads * call.kv_heads // call.heads, blocks_of(call.layout.tokens, self.block)
         modes = found.get("modes")
         if not isinstance(modes, list) or len(modes) != shape[0] or not set(modes) <= set(MODES):
             raise ValueError(
@@ -163,7 +170,8 @@ class SparseVDiTProcessor(CalibratedProcessor):
             )
         if stripes is None or stripes.shape != shape or stripes.dtype != torch.bool:
             raise ValueError(f"{self.calibrated} has no tensor {name}/stripes, bool {shape}")
-        return [MODES.index(mode) for mode in modes], stripes
+        own = call.own(torch.tensor([MODES.index(mode) for mode in modes]))
+        return own.tolist(), call.own(stripes)
 
     def _order(self, modes: list[int], layout: TokenLayout, device: torch.device | None = None) -> Order:
         raster, by_position = _orders(layout, self.block, device)
@@ -193,15 +201,16 @@ class SparseVDiTProcessor(CalibratedProcessor):
         keep = with_text(keep, blocks, blocks) & (modes != SKIP)[..., None, None]
         return keep.repeat_interleave(call.heads // call.kv_heads, -3)
 
-    def _densities(self, layout: TokenLayout) -> Tensor:
-        """Of the five modes: float64 [5]."""
+    def _densities(self, layout: TokenLayout, valid: Tensor | None = None) -> Tensor:
+        """Of the five modes: float64 [5]. Given key validity [B, S], of the tokens of each item: [B, 5]."""
         order = Order.raster(layout, self.block)
         call = Call.standalone(layout, heads=len(MODES)).at(order=order)
         n = call.grid_blocks(self.block)
         stripes = self._stripes(torch.arange(n, 0, -1)).expand(len(MODES), n)
-        filled = order.filled(self.block)[0, 0].double()
+        filled = order.filled(self.block, valid)[:, 0].double()
         keep = self._keep(torch.arange(len(MODES)), stripes, call).double()
-        return keep @ filled @ filled / filled.sum() ** 2
+        shares = torch.einsum("bq,mqk,bk->bm", filled, keep, filled) / filled.sum(-1, keepdim=True) ** 2
+        return shares[0] if valid is None else shares
 
     def _by_item(self, call: Call, *tensors: Tensor) -> tuple[Call, list[Tensor]]:
         """Under the order of the modes: one for each head and item, so that items become further heads."""
@@ -228,8 +237,11 @@ class SparseVDiTProcessor(CalibratedProcessor):
         if self.cost == "latency":
             raise ValueError("cost='latency' is measured by `dit-sparse calibrate`, got no calibration")
         stripes = self._stripes(self._mass(q, k, lse, call))
-        errors = self._errors(q, k, v, out, stripes, call)
-        return self._choose(errors, self._densities(call.layout)).flatten().tolist(), stripes.flatten(0, 1)
+        errors = call.all_heads(self._errors(q, k, v, out, stripes, call))  # a budget is the layer's
+        costs = self._densities(call.layout, None if call.valid is None else call.valid.cpu())
+        chosen = [self._choose(*each) for each in zip(errors, costs.expand(len(errors), -1), strict=True)]
+        modes = call.own(torch.stack(chosen), 1)
+        return modes.flatten().tolist(), stripes.flatten(0, 1)
 
     def _mass(self, q: Tensor, k: Tensor, lse: Tensor, call: Call) -> Tensor:
         """The grid's softmax mass in each of its key blocks: [B, KV, n]."""
@@ -245,7 +257,7 @@ class SparseVDiTProcessor(CalibratedProcessor):
         """Of the five modes: [B, KV, 5]."""
         outs = [out, torch.zeros_like(out)]
         outs += [self._run(mode, q, k, v, stripes, call) for mode in (DIAGONAL, MULTI_DIAGONAL, STRIPE)]
-        errors = torch.stack([error(x, out, self.metric) for x in outs], -1)
+        errors = torch.stack([error(x, out, self.metric, call) for x in outs], -1)
         return errors.unflatten(1, (call.kv_heads, -1)).mean(2)
 
     def _run(self, mode: int, q: Tensor, k: Tensor, v: Tensor, stripes: Tensor, call: Call) -> Tensor:

@@ -94,7 +94,7 @@ class SparseDProcessor(SparseProcessor):
         generated = self._generated(call.layout, eligible.shape[-1]).to(q.device)
         ours, given = eligible & generated, eligible & ~generated
         if self.logit_scale == "heads":
-            call = call.at(scale=call.heads**-0.5, lse=None)
+            call = call.at(scale=call.layer_heads**-0.5, lse=None)
         lse = call.ordered_lse()
         mass = self._mass(q, k, call, call.run_dense(q, k, k)[1] if lse is None else lse)
         if self.variant == "paper":

@@ -70,6 +70,12 @@ class VMoBAProcessor(SparseProcessor):
         if [len(x) for x in sizes] != [1, 2, 3] or not all(0 < n < torch.inf for x in sizes for n in x):
             raise ValueError(f"temporal, spatial and volume must be 1, 2 and 3 sizes above 0, got {self}")
 
+    @property
+    def needs_all_heads(self) -> str:
+        if 1 not in COMPETITIONS[self.competition]:
+            return ""
+        return f"with the competition {self.competition!r} all heads of a layer share what is kept"
+
     def order(self, call: Call) -> Order:
         chunk = self.chunk(call.layout, call.layer)
         return Order.tiles(call.layout, chunk) if len(chunk) == 3 else Order.raster(call.layout, chunk[0])

@@ -87,7 +87,7 @@ class VSAProcessor(SparseProcessor):
             return fine
         assert call.order is not None
         assert call.hidden is not None
-        gate = call.part(call.hidden).unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
+        gate = call.to_heads(call.part(call.hidden).unflatten(-1, (call.layer_heads, -1)).transpose(1, 2))
         return self.coarse(q, k, v, call) * call.order.apply(gate) + fine
 
     def coarse(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:

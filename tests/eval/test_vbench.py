@@ -42,7 +42,8 @@ def test_a_part_of_the_dimensions_has_no_total() -> None:
 
 
 def test_vbench_2_averages_groups_not_dimensions() -> None:
-    scores = {name: (i / 20) ** 2 for i, name in enumerate(n for names in DIMENSIONS_2.values() for n in names)}
+    dimensions = [name for names in DIMENSIONS_2.values() for name in names]
+    scores = {name: (i / 20) ** 2 for i, name in enumerate(dimensions)}
     assert len(scores) == 18
     found = totals_2(scores)
     assert found["creativity"] == pytest.approx((scores["diversity"] + scores["composition"]) / 2)

@@ -8,6 +8,7 @@ import pytest
 import tiny_hunyuan as tiny
 import torch
 from families import Pipe, at_step, cases
+from offline.hunyuan_framepack import pipeline
 from torch import Tensor
 from whole_runs import WINDOW, branches, sparse_run, tokens
 
@@ -18,22 +19,6 @@ from dit_sparse.pipelines.hunyuan_framepack import FAMILY
 CASE = cases()["framepack"]
 SECTION, IMAGE = 3 * 4 * 6, 4
 HISTORY = 2 * 4 * 6 + 1 * 2 * 3 + 4 * 1 * 2  # 1 + 1 whole frames, 2 at half, 16 at a quarter
-
-
-def pipeline() -> Any:
-    from diffusers import HunyuanVideoFramepackPipeline
-    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 6, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    pipe = HunyuanVideoFramepackPipeline(
-        transformer=tiny.transformer("HunyuanVideoFramepackTransformer3DModel"),
-        image_encoder=SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=8)).eval(),
-        feature_extractor=SiglipImageProcessor(size={"height": 16, "width": 16}),
-        **tiny.parts(),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def run(pipe: Any, **changes: Any) -> Tensor:

@@ -9,6 +9,7 @@ import tiny_hunyuan as tiny
 import tiny_text
 import torch
 from families import cases
+from offline.hunyuan_image import guider, pipeline, shortened
 from torch import Tensor
 from whole_runs import WINDOW, branches, sparse_run
 
@@ -37,40 +38,6 @@ def test_layout_has_one_frame(name: str, frames: tuple[int, ...], size: tuple[in
         assert FAMILY.layout(model, {"hidden_states": latents}) == TokenLayout((1, *size))
 
 
-def pipeline(guider: Any = None, **changes: Any) -> Any:
-    from diffusers import AutoencoderKLHunyuanImage, FlowMatchEulerDiscreteScheduler, HunyuanImagePipeline
-
-    torch.manual_seed(0)
-    vae = AutoencoderKLHunyuanImage(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        spatial_compression_ratio=4,
-        sample_size=32,
-    )
-    pipe = HunyuanImagePipeline(
-        transformer=tiny.transformer("HunyuanImageTransformer2DModel", **changes),
-        vae=vae.eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder=tiny_text.llama(16),
-        tokenizer=tiny_text.tokenizer(),
-        text_encoder_2=tiny_text.t5(8),
-        tokenizer_2=tiny_text.tokenizer(),
-        guider=guider,
-    )
-    return shortened(pipe)
-
-
-def shortened(pipe: Any) -> Any:
-    """Without the prompt's template, and with less room for text."""
-    pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = "{}", 0
-    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = 12, 8
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def run(pipe: Any, **changes: Any) -> Tensor:
     """Latents of one run; grid (1, 10, 12), with a glyph text."""
     settings = {
@@ -83,12 +50,6 @@ def run(pipe: Any, **changes: Any) -> Tensor:
         "output_type": "latent",
     }
     return pipe(**{**settings, **changes})[0]
-
-
-def guider() -> Any:
-    from diffusers import AdaptiveProjectedMixGuidance
-
-    return AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=2)
 
 
 def test_text_to_image_under_a_guider() -> None:

@@ -8,6 +8,7 @@ import pytest
 import tiny_hunyuan as tiny
 import torch
 from families import cases
+from offline.hunyuan_video import pipeline
 from torch import Tensor
 from whole_runs import WINDOW, branches, sparse_run
 
@@ -20,15 +21,6 @@ from dit_sparse.pipelines.hunyuan_video_presets import PRESETS
 CASES = cases()
 GRID = 5 * 4 * 6
 NAMES = [f"{stack}.{i}.attn" for stack in ("transformer_blocks", "single_transformer_blocks") for i in (0, 1)]
-
-
-def pipeline(cls: str = "HunyuanVideoPipeline", more: dict[str, Any] | None = None, **changes: Any) -> Any:
-    import diffusers
-
-    model = tiny.transformer("HunyuanVideoTransformer3DModel", **changes)
-    pipe = getattr(diffusers, cls)(transformer=model, **tiny.parts(), **(more or {}))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def run(pipe: Any, **changes: Any) -> Tensor:

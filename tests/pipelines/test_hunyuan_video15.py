@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import tiny_hunyuan as tiny
-import tiny_text
 import torch
 from families import Pipe, at_step, cases
+from offline.hunyuan_video15 import pipeline
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from whole_runs import WINDOW, branches, sparse_run, tokens
@@ -110,47 +110,6 @@ def test_compiled_equals_eager(compiled: Callable[[Any], None]) -> None:
         torch.testing.assert_close(model(**inputs)[0], eager, atol=1e-5, rtol=1e-5)
         sparse = {row.where.name: row.calls for row in session.report().sparse_rows}
     assert sparse == {"transformer_blocks.1.attn": 2, "transformer_blocks.2.attn": 2}
-
-
-def pipeline(image: bool = False, guider: Any = None) -> Any:
-    import diffusers
-    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
-
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKLHunyuanVideo15(
-        latent_channels=4,
-        block_out_channels=(16, 16),
-        layers_per_block=1,
-        spatial_compression_ratio=4,
-        temporal_compression_ratio=2,
-        downsample_match_channel=False,
-        upsample_match_channel=False,
-    )
-    tokenizer = tiny_text.tokenizer()
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-    more = {}
-    if image:
-        sizes = {"hidden_size": 6, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-        more["image_encoder"] = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=8))
-        more["feature_extractor"] = SiglipImageProcessor(size={"height": 16, "width": 16})
-    pipe = getattr(diffusers, f"HunyuanVideo15{'ImageToVideo' * image}Pipeline")(
-        transformer=tiny.transformer(
-            "HunyuanVideo15Transformer3DModel", task_type="i2v" if image else "t2v", target_size=16
-        ),
-        vae=vae.eval(),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder=tiny_text.llama(16),
-        tokenizer=tokenizer,
-        text_encoder_2=tiny_text.t5(8),
-        tokenizer_2=tiny_text.tokenizer(),
-        guider=guider or diffusers.ClassifierFreeGuidance(guidance_scale=6.0),
-        **more,
-    )
-    # Their lengths and the crop are of the real templates.
-    pipe.system_message, pipe.prompt_template_encode_start_idx = "", 0
-    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length, pipe.vision_num_semantic_tokens = 12, 8, 4
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def run(pipe: Any, **changes: Any) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny_models as models
 import torch
-from PIL import Image
+from tiny_images import picture
 
 import dit_sparse
 from dit_sparse import METHODS, Phase, RadialProcessor, Report, Schedule, TokenLayout
@@ -44,10 +44,6 @@ def wan_image_pipeline(both: bool) -> Any:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def picture() -> Image.Image:
-    return Image.new("RGB", (96, 64), (200, 80, 20))
 
 
 def test_text_to_video_runs_sparse_in_both_branches() -> None:
@@ -106,7 +102,7 @@ def test_one_timestep_a_token() -> None:
 def test_image_to_video_runs_sparse(both: bool) -> None:
     pipe = wan_image_pipeline(both)
     with dit_sparse.apply(pipe, RADIAL, schedule="always") as session:
-        out = models.run_wan(pipe, image=picture())
+        out = models.run_wan(pipe, image=picture(96, 64))
         report = session.report()
     assert out.isfinite().all()
     assert report.sparse_density < 1
@@ -189,11 +185,175 @@ def test_vace_pipeline_with_a_reference_image() -> None:
     )
     pipe.set_progress_bar_config(disable=True)
     with dit_sparse.apply(pipe, RADIAL, schedule="always") as session:
-        models.run_wan(pipe, reference_images=[picture()], steps=2)
+        models.run_wan(pipe, reference_images=[picture(96, 64)], steps=2)
         report = session.report()
     tokens = {row.every[0] for row in report.rows}
     assert tokens == {(6 * 4 * 6) ** 2}
     assert len({row.where.name for row in report.sparse_rows}) == 5
+
+
+def pipeline_with_image_encoder(cls: Any, transformer: Any) -> Any:
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    base = models.wan_pipeline()
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32,
+        patch_size=16,
+    )  # fmt: skip
+    pipe = cls(
+        tokenizer=base.tokenizer,
+        text_encoder=base.text_encoder,
+        image_encoder=CLIPVisionModel(vision).eval(),
+        image_processor=CLIPImageProcessor(crop_size=32, size=32),
+        transformer=transformer,
+        vae=base.vae,
+        scheduler=base.scheduler,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def built(cls: str, **changes: Any) -> Any:
+    import diffusers
+
+    torch.manual_seed(0)
+    return getattr(diffusers, cls)(**{**FAMILY.transformers[cls], **changes}).eval()
+
+
+def assert_sparse_and_back(
+    pipe: Any, branches: set[str], steps: int = 4, method: Any = RADIAL, **call: Any
+) -> Report:
+    """Runs stock, sparse and stock again; every step, layer and branch was sparse between."""
+    stock = models.run_wan(pipe, steps=steps, **call)
+    with dit_sparse.apply(pipe, method, schedule="always", strict=True) as session:
+        out = models.run_wan(pipe, steps=steps, **call)
+        report = session.report()
+    assert out.isfinite().all()
+    assert not torch.equal(out, stock)
+    assert torch.equal(models.run_wan(pipe, steps=steps, **call), stock)
+    assert {(row.where.step, row.where.name, row.where.branch) for row in report.sparse_rows} == {
+        (step, f"blocks.{i}.attn1", branch) for step in range(steps) for i in range(3) for branch in branches
+    }
+    assert report.density == report.sparse_density < 1
+    return report
+
+
+def test_animate_reads_its_reference_frame() -> None:
+    """The grid has a frame more than the 17 of the video make, and the face's attention is not ours."""
+    from diffusers import WanAnimatePipeline
+
+    transformer = built("WanAnimateTransformer3DModel", image_dim=16, added_kv_proj_dim=24)
+    pipe = pipeline_with_image_encoder(WanAnimatePipeline, transformer)
+    layout = FAMILY.layout(transformer, {"hidden_states": torch.empty(1, 12, 6, 8, 12)})
+    assert layout == TokenLayout((6, 4, 6))
+    assert FAMILY.anchors(transformer, {"timestep": torch.zeros(1)}) == 1
+    video = [picture(96, 64)] * 17
+    call = {"image": picture(96, 64), "pose_video": video, "face_video": video, "max_sequence_length": 512}
+    frames = {"num_frames": None, "segment_frame_length": 17, "output_type": "pt"}
+    report = assert_sparse_and_back(AsWan(pipe), {"cond", "uncond"}, **call, **frames)
+    assert {row.every[0] for row in report.rows} == {(6 * 4 * 6) ** 2}
+
+
+class AsWan:
+    """A pipeline whose call has another name for the number of frames, or none."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, self.components = pipe, pipe.components
+        self.scheduler = pipe.scheduler
+
+    def __call__(self, num_frames: int | None, **call: Any) -> Any:
+        return self.pipe(**call).frames
+
+
+def test_chronoedit() -> None:
+    from diffusers import ChronoEditPipeline, UniPCMultistepScheduler
+
+    transformer = built("ChronoEditTransformer3DModel", image_dim=16, added_kv_proj_dim=24)
+    assert FAMILY.anchors(transformer, {"timestep": torch.zeros(1)}) == 1
+    pipe = pipeline_with_image_encoder(ChronoEditPipeline, transformer)
+    call = {"image": picture(96, 64), "max_sequence_length": 512}
+    method = models.Diagonal(block=8)  # frames are two, and neighbours, of which Radial leaves nothing out
+    report = assert_sparse_and_back(pipe, {"cond", "uncond"}, method=method, num_frames=5, **call)
+    assert {row.every[0] for row in report.rows} == {(2 * 4 * 6) ** 2}
+    # Temporal reasoning drops the frames between after some steps: another grid in the same run.
+    pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    with dit_sparse.apply(pipe, method, schedule="always", strict=True) as session:
+        models.run_wan(pipe, enable_temporal_reasoning=True, num_temporal_reasoning_steps=2, **call)
+        report = session.report()
+    tokens = {step: {row.every[0] for row in report.rows if row.where.step == step} for step in range(4)}
+    assert tokens == {step: {((5 if step < 2 else 2) * 4 * 6) ** 2} for step in range(4)}
+
+
+def skyreels_pipeline(cls: Any) -> Any:
+    from diffusers import UniPCMultistepScheduler
+
+    base = models.wan_pipeline()
+    pipe = cls(
+        tokenizer=base.tokenizer,
+        text_encoder=base.text_encoder,
+        transformer=built("SkyReelsV2Transformer3DModel"),
+        vae=base.vae,
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_skyreels_text_to_video() -> None:
+    from diffusers import SkyReelsV2Pipeline
+
+    assert_sparse_and_back(skyreels_pipeline(SkyReelsV2Pipeline), {"cond", "uncond"})
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_diffusion_forcing_counts_steps_by_the_noisiest_frame(image: bool) -> None:
+    """Each frame has a scheduler of its own; a given frame has the timestep 0."""
+    from diffusers import SkyReelsV2DiffusionForcingImageToVideoPipeline, SkyReelsV2DiffusionForcingPipeline
+
+    cls = SkyReelsV2DiffusionForcingImageToVideoPipeline if image else SkyReelsV2DiffusionForcingPipeline
+    pipe = skyreels_pipeline(cls)
+    given = {"image": picture(96, 64)} if image else {}
+    report = assert_sparse_and_back(pipe, {"cond", "uncond"}, **given)
+    assert {row.calls for row in report.rows} == {1}
+
+
+def test_diffusion_forcing_in_causal_blocks_stays_dense() -> None:
+    from diffusers import SkyReelsV2DiffusionForcingPipeline
+
+    pipe = skyreels_pipeline(SkyReelsV2DiffusionForcingPipeline)
+    call = {"causal_block_size": 2, "ar_step": 1, "num_frames": 13}
+    stock = models.run_wan(pipe, **call)
+    with dit_sparse.apply(pipe, RADIAL, schedule="always") as session:
+        assert torch.equal(models.run_wan(pipe, **call), stock)
+        reasons = {row.where.reason for row in session.report().rows}
+    assert reasons == {"blocks of 2 frames read only themselves and those before them"}
+
+
+def test_pipelines_by_what_is_given() -> None:
+    def of(name: str, image: bool) -> str:
+        return FAMILY.pipeline_class({"_class_name": name}, image)
+
+    assert of("SkyReelsV2DiffusionForcingPipeline", False) == "SkyReelsV2DiffusionForcingPipeline"
+    assert of("SkyReelsV2DiffusionForcingPipeline", True) == "SkyReelsV2DiffusionForcingImageToVideoPipeline"
+    for name in ("WanPipeline", "SkyReelsV2Pipeline"):
+        with pytest.raises(ValueError, match="takes no image"):
+            of(name, True)
+    for name in ("ChronoEditPipeline", "WanAnimatePipeline"):
+        with pytest.raises(ValueError, match="needs an image"):
+            of(name, False)
+
+
+def test_fine_tuned_copies_take_the_presets_of_their_size() -> None:
+    def size(cls: str, heads: int, layers: int, experts: int = 1) -> str | None:
+        config = {"_class_name": cls, "num_attention_heads": heads, "num_layers": layers}
+        return FAMILY.preset_size(config, experts)
+
+    assert size("WanTransformer3DModel", 12, 30) == size("WanVACETransformer3DModel", 12, 30) == "1.3b"
+    assert size("WanTransformer3DModel", 40, 40) == "14b"
+    assert size("WanTransformer3DModel", 40, 40, 2) == "a14b"
+    assert size("WanTransformer3DModel", 8, 8) is None
+    assert size("ChronoEditTransformer3DModel", 40, 40) is None
 
 
 @pytest.mark.parametrize(("key", "intent"), [(k, i) for k in PRESETS for i in PRESETS[k]])
@@ -260,4 +420,5 @@ def test_default_sizes_fit_the_models() -> None:
     for name, checkpoint in FAMILY.checkpoints.items():
         side = 32 if checkpoint.size == "5b" else 16
         d = checkpoint.defaults
-        assert (d["num_frames"] - 1) % 4 == d["height"] % side == d["width"] % side == 0, name
+        frames = d["segment_frame_length" if name == "wan2.2-animate" else "num_frames"]
+        assert (frames - 1) % 4 == d["height"] % side == d["width"] % side == 0, name

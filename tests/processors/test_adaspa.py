@@ -32,7 +32,7 @@ def blocks(layout: TokenLayout, block: int) -> tuple[list[list[int]], int]:
     text = range(layout.text_start, layout.text_start + layout.text)
     others = [i for i in range(layout.sequence) if i not in grid and i not in text]
     parts = [
-        [list(part[i : i + block]) for i in range(0, len(part), block)] for part in (grid, [*text, *others])
+        [list(part[i : i + block]) for i in range(0, len(part), block)] for part in (grid, [*others, *text])
     ]
     return parts[0] + parts[1], len(parts[0])
 

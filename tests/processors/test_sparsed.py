@@ -252,13 +252,14 @@ def test_each_run_and_branch_of_a_pipeline_has_its_own_plan():
 
         def look(_, step, __, values):
             if step == 8:  # the last step frees what was remembered
-                memory.update({key: dict(cache) for key, cache in session._memory.items() if cache})
+                kept = ((key, m.cache) for key, by in session._memory.items() for m in by.values())
+                memory.update({key: dict(cache) for key, cache in kept if cache})
             return values
 
         for prompt in ("a cat runs", "a dog sits", "a cat runs"):
             latents.append(tiny.run_wan(pipe, steps=10, prompt=prompt, callback_on_step_end=look))
             assert all(cache["sparsed"][1] == 2 for cache in memory.values())
-            plans.append({(at.layer.index, b): c["sparsed"][0].unpack() for (at, b), c in memory.items()})
+            plans.append({(s[0].layer.index, b): c["sparsed"][0].unpack() for (s, b), c in memory.items()})
             for row in session.report().rows:
                 if row.where.layer:
                     step = row.where.step

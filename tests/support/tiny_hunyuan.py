@@ -7,10 +7,10 @@ from typing import Any
 import tiny_text
 import torch
 from families import Case, items
-from PIL import Image
+from tiny_images import picture
 from torch import Tensor
 
-PICTURE = Image.new("RGB", (96, 64), (200, 80, 20))
+PICTURE = picture(96, 64)
 
 
 def transformer(cls: str, **changes: Any) -> Any:
@@ -43,6 +43,18 @@ def parts() -> dict[str, Any]:
         "tokenizer": tiny_text.tokenizer(),
         "text_encoder_2": tiny_text.clip(8),
         "tokenizer_2": tiny_text.tokenizer(start=True),
+    }
+
+
+def vision() -> dict[str, Any]:
+    """An image encoder that makes 4 tokens."""
+    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 6, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return {
+        "image_encoder": SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=8)).eval(),
+        "feature_extractor": SiglipImageProcessor(size={"height": 16, "width": 16}),
     }
 
 

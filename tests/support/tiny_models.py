@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.method import Call, SparseProcessor
+from dit_sparse.order import broadcast_heads
 from dit_sparse.pipelines.wan import FAMILY
 from dit_sparse.plan import Plan, blocks_of, pool, top_k
 
@@ -116,7 +117,8 @@ class TopK(SparseProcessor):
 
     def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
         valid = call.slots_valid()
-        scores = pool(q, self.block, valid) @ pool(k, self.block, valid).transpose(-1, -2)
+        keys = broadcast_heads(pool(k, self.block, valid), call.heads)
+        scores = pool(q, self.block, valid) @ keys.transpose(-1, -2)
         return Plan.from_blocks(
             top_k(scores, self.keep, (call.filled(self.block) > 0)[..., None, :]), self.block
         )

@@ -52,7 +52,7 @@ def t5(width: int = 16, umt5: bool = False) -> Any:
     return cls(config(**sizes)).eval()
 
 
-def clip(width: int = 32, projection: int | None = None, layers: int = 2) -> Any:
+def clip(width: int = 32, projection: int | None = None, layers: int = 2, length: int = 77) -> Any:
     """A CLIP text encoder; with its projection where ``projection`` says how wide."""
     import transformers
 
@@ -68,7 +68,7 @@ def clip(width: int = 32, projection: int | None = None, layers: int = 2) -> Any
         vocab_size=16,
         hidden_act="gelu",
         projection_dim=projection or width,
-        max_position_embeddings=77,
+        max_position_embeddings=length,
     )
     if projection is None:
         return transformers.CLIPTextModel(config).eval()

@@ -11,10 +11,12 @@ from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 from dit_sparse.pipelines import FAMILIES, Family
+from dit_sparse.pipelines.matrix import missing
 
 Grid = tuple[int, int, int]
 
@@ -32,6 +34,10 @@ class Case(NamedTuple):
         padded: model -> (inputs with a padded prompt, the same with the padding cut off); None where padding
             reaches no self-attention or cannot be cut off.
         output: What the model returns -> the tensor to compare.
+        batched: Whether the model takes more than one batch item.
+        prepare: Done to a new model.
+        read: Names of inputs whose values are read, so that they cannot lie on the meta device.
+        on_meta: Replaces what reads the values of tensors in a model on the meta device, which has none.
     """
 
     cls: str
@@ -40,6 +46,10 @@ class Case(NamedTuple):
     grid: Grid = (5, 4, 6)
     padded: Callable[[Any], tuple[dict[str, Any], dict[str, Any]]] | None = None
     output: Callable[[Any], Tensor] = lambda out: out[0]
+    batched: bool = True
+    prepare: Callable[[Any], None] = lambda model: None
+    read: tuple[str, ...] = ("img_ids", "txt_ids")
+    on_meta: Callable[[Any], None] = lambda model: None
 
     @property
     def family(self) -> Family:
@@ -55,13 +65,16 @@ class Case(NamedTuple):
     def model(self) -> Any:
         """With random weights, also where the class begins with zeros, and always the same."""
         torch.manual_seed(0)
-        assert self.stock is not None
+        if self.stock is None:
+            pytest.skip(missing(self.cls))
         model = self.stock(**{**self.family.transformers[self.cls], **self.changes}).eval()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.numel() and not parameter.any():
+                unset = not parameter.isfinite().all()  # torch.empty, which diffusers had in some versions
+                if parameter.numel() and (unset or not parameter.any()):
                     parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+        self.prepare(model)
         return model
 
 

@@ -1,0 +1,1 @@
+"""Whole offline pipelines, one file for each family."""

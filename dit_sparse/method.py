@@ -58,9 +58,9 @@ class Call:
         replays: The call is recomputed for a backward: what it remembered stays as it is.
         part: The method's trainable module of this layer, if any.
         hidden: The layer's hidden states [B, S, C] in model order, for methods that ask (``reads_hidden``).
-            With ``share`` only of the tokens here: what is made of them goes through :meth:`to_heads`.
+            Zeros for text that the model keeps at another width or cuts to length. With ``share`` only of the
+            tokens here: what is made of them goes through :meth:`to_heads`.
         share: How processes share the heads of the layer, in context parallelism.
-            Zeros for text that the model keeps at another width or cuts to length.
     """
 
     layout: TokenLayout

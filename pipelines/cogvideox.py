@@ -19,6 +19,7 @@ from dit_sparse.pipelines.family import (
     kl_scale,
     own_pipeline,
     patches,
+    scaled,
     stacks,
 )
 from dit_sparse.processors.spatial_window import SpatialWindowProcessor
@@ -81,8 +82,7 @@ def pixels(transformer: Config, vae: Config) -> tuple[int, int, int]:
     In version 1.5 the pipeline repeats it to fill that token frame.
     """
     scale = vae["temporal_compression_ratio"], *[kl_scale(vae)] * 2
-    frames, height, width = (s * p for s, p in zip(scale, _patch(transformer), strict=True))
-    return frames, height, width
+    return scaled(scale, _patch(transformer))
 
 
 def pipeline_class(index: Config, image: bool) -> str:

@@ -8,7 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 from dit_sparse.layout import Layer, TokenLayout
-from dit_sparse.pipelines.family import Arguments, Checkpoint, Config, Family, Preset, patches, stacks
+from dit_sparse.pipelines.family import (
+    Arguments,
+    Checkpoint,
+    Config,
+    Family,
+    Preset,
+    patches,
+    scaled,
+    stacks,
+    wan_scale,
+)
 
 TINY: Config = {
     "in_channels": 4,
@@ -43,12 +53,11 @@ def anchors(model: Any, args: Arguments) -> int:
 
 def pixels(transformer: Config, vae: Config) -> tuple[int, int, int]:
     """(frames, height, width) that become one token; later models have Wan's autoencoder."""
+    scale = wan_scale(vae)
     if "temporal_compression_ratio" in vae:
-        scale = vae["temporal_compression_ratio"], *[vae["spatial_compression_ratio"]] * 2
-    else:
-        scale = vae.get("scale_factor_temporal", 4), *[vae.get("scale_factor_spatial", 8)] * 2
-    frames, height, width = (s * p for s, p in zip(scale, transformer["patch_size"], strict=True))
-    return frames, height, width
+        side = vae["spatial_compression_ratio"]
+        scale = vae["temporal_compression_ratio"], side, side
+    return scaled(scale, transformer["patch_size"])
 
 
 def pipeline_class(index: Config, image: bool) -> str:

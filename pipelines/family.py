@@ -217,6 +217,18 @@ def kl_scale(vae: Config) -> int:
     return 2 ** (len(vae["block_out_channels"]) - 1)
 
 
+def wan_scale(vae: Config) -> tuple[int, int, int]:
+    """Pixels of a latent of ``AutoencoderKLWan``, whose older configs leave the class's defaults out."""
+    side = vae.get("scale_factor_spatial", 8)
+    return vae.get("scale_factor_temporal", 4), side, side
+
+
+def scaled(scale: Sequence[int], patch: Sequence[int]) -> tuple[int, int, int]:
+    """``pixels`` of patches of latents, both (frames, height, width)."""
+    frames, height, width = (s * p for s, p in zip(scale, patch, strict=True))
+    return frames, height, width
+
+
 def square_patches(transformer: Config, vae: Config) -> tuple[int, int, int]:
     """``pixels`` of image models that cut the latents of ``AutoencoderKL`` into square patches."""
     side = kl_scale(vae) * transformer["patch_size"]

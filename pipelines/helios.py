@@ -13,7 +13,16 @@ from typing import Any
 from torch import Tensor
 
 from dit_sparse.layout import Layer, TokenLayout
-from dit_sparse.pipelines.family import Arguments, Checkpoint, Config, Family, patches, stacks
+from dit_sparse.pipelines.family import (
+    Arguments,
+    Checkpoint,
+    Config,
+    Family,
+    patches,
+    scaled,
+    stacks,
+    wan_scale,
+)
 
 TINY: Config = {
     "num_attention_heads": 2,
@@ -50,9 +59,7 @@ def layout(model: Any, args: Arguments) -> TokenLayout:
 
 def pixels(transformer: Config, vae: Config) -> tuple[int, int, int]:
     """(frames, height, width) that become one token."""
-    scale = vae.get("scale_factor_temporal", 4), *[vae.get("scale_factor_spatial", 8)] * 2
-    frames, height, width = (s * p for s, p in zip(scale, transformer["patch_size"], strict=True))
-    return frames, height, width
+    return scaled(wan_scale(vae), transformer["patch_size"])
 
 
 def multiples(transformer: Config, vae: Config) -> tuple[int, int, int]:

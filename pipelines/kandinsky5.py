@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.layout import Layer, TokenLayout
-from dit_sparse.pipelines.family import Arguments, Checkpoint, Config, Family, patches, stacks
+from dit_sparse.pipelines.family import Arguments, Checkpoint, Config, Family, patches, scaled, stacks
 
 TINY: Config = {
     "in_visual_dim": 4,
@@ -77,8 +77,7 @@ def anchors(model: Any, args: Arguments) -> int:
 def pixels(transformer: Config, vae: Config) -> tuple[int, int, int]:
     """(frames, height, width) that become one token; the first frame is a token frame of its own."""
     scale = vae.get("temporal_compression_ratio", 4), *[vae.get("spatial_compression_ratio", 8)] * 2
-    frames, height, width = (s * p for s, p in zip(scale, transformer["patch_size"], strict=True))
-    return frames, height, width
+    return scaled(scale, transformer["patch_size"])
 
 
 def multiples(transformer: Config, vae: Config) -> tuple[int, int, int]:

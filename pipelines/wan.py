@@ -11,7 +11,7 @@ from math import lcm
 from typing import Any
 
 from dit_sparse.layout import Layer, TokenLayout
-from dit_sparse.pipelines.family import Arguments, Config, Family, numbered, patches
+from dit_sparse.pipelines.family import Arguments, Config, Family, numbered, patches, scaled, wan_scale
 from dit_sparse.pipelines.wan_checkpoints import CHECKPOINTS
 from dit_sparse.pipelines.wan_presets import PRESETS
 
@@ -87,13 +87,8 @@ def size_of(transformer: Config, experts: int) -> str | None:
 
 
 def pixels(transformer: Config, vae: Config) -> tuple[int, int, int]:
-    """(frames, height, width) that become one token; the first frame is a token frame of its own.
-
-    Older configs of the autoencoder do not name its scales; they are the class's defaults, 4 and 8.
-    """
-    scale = vae.get("scale_factor_temporal", 4), *[vae.get("scale_factor_spatial", 8)] * 2
-    frames, height, width = (s * p for s, p in zip(scale, transformer["patch_size"], strict=True))
-    return frames, height, width
+    """(frames, height, width) that become one token; the first frame is a token frame of its own."""
+    return scaled(wan_scale(vae), transformer["patch_size"])
 
 
 def multiples(transformer: Config, vae: Config) -> tuple[int, int, int]:

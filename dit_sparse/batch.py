@@ -170,13 +170,21 @@ def _is_made(one: Request, batch: Batch) -> bool:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{one.manifest} is no readable manifest: {flat(error)}") from None
     known["method"].pop("backend", None)  # it may be another: the device is
-    for name, value in wanted.items():
-        if known[name] != value:
-            raise ValueError(
-                f"{one.output} was made with another {name}, {known[name]!r} and not {value!r}: give another "
-                "--output-dir, or remove it"
-            )
+    changes = [change for name, value in wanted.items() for change in _changes(name, known[name], value)]
+    if changes:
+        raise ValueError(
+            f"{one.output} was made with {', '.join(changes)}: give another --output-dir, or remove it"
+        )
     return True
+
+
+def _changes(name: str, old: Any, new: Any) -> list[str]:
+    """What differs, named as deep as it is."""
+    if old == new:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [c for key in {**old, **new} for c in _changes(f"{name}.{key}", old.get(key), new.get(key))]
+    return [f"{name} {old!r} and not {new!r}"]
 
 
 def _made(requests: Sequence[Request], batch: Batch, asked: Request) -> list[str]:

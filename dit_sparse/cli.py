@@ -326,7 +326,9 @@ def fidelity(
             with staged() as stage:
                 stage(output).write_text(json.dumps(result, indent=1) + "\n")
         _table(*table(result))
-        for name, formula in result["protocol"].items():
+        formulas = dict(result["protocol"])
+        print(f"protocol {formulas.pop('name')}")
+        for name, formula in formulas.items():
             print(f"{name}: {formula}")
 
 

@@ -51,7 +51,7 @@ _AUDIO = "it makes audio, whose tokens lie along time alone, not in the grid of 
 
 NOTHING_TO_DO: dict[str, str] = {
     "WanAnimate2Transformer3DModel": "its attention is sparse already: a block mask lets each frame read the "
-    "video and its own frame of the reference video, which is in FlexAttention's hands",
+    "video and its own frame of the reference video",
     "LatteTransformer3DModel": "it attends within a frame, 1,024 tokens at 512x512, and apart from that "
     "along the 16 frames at one place: no attention sees frames, height and width together",
     "SanaTransformer2DModel": _LINEAR,

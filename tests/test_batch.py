@@ -116,9 +116,9 @@ def test_a_stopped_run_goes_on(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--seed", "1"], "was made with another seed, 0 and not 1"),
-        (["--steps", "3"], "was made with another settings"),
-        (["--density", "0.6"], "was made with another method"),
+        (["--seed", "1"], "was made with seed 0 and not 1: give another"),
+        (["--steps", "3"], "was made with settings.num_inference_steps 2 and not 3: give"),
+        (["--density", "0.6"], "was made with method.requested_density 0.5 and not 0.6: give"),
     ],
 )
 def test_what_was_made_otherwise_is_kept(

@@ -276,6 +276,7 @@ def choice_of(asked: Request, source: Source, settings: Mapping[str, Any]) -> Ch
     """The method's setting out of preset and flags, tried on the token grid of the video."""
     from dit_sparse.calibration import CalibratedProcessor
     from dit_sparse.layout import TokenLayout
+    from dit_sparse.pipelines.matrix import refusal
     from dit_sparse.processors import METHODS
 
     presets = source.family.presets.get((asked.method, source.size or ""))
@@ -296,6 +297,9 @@ def choice_of(asked: Request, source: Source, settings: Mapping[str, Any]) -> Ch
         processor = cls(**parameters)
     except TypeError as error:
         raise ValueError(f"--param: {asked.method} does not take {parameters}: {error}") from None
+    why = refusal(source.family, processor)
+    if why:
+        raise ValueError(f"--method {asked.method} does not apply to {asked.model}: {why}")
     if isinstance(processor, CalibratedProcessor) and processor.calibrated is not None:
         processor.calibrated.check_grid(grid_of(source, settings))
     if asked.density is not None:

@@ -57,7 +57,7 @@ def test_an_image_its_manifest_and_the_comparison(folder: Path, tmp_path: Path) 
     ("more", "message"),
     [
         ([*SIZE, "--output", "x.mp4"], "makes images: --output must end in .png, got x.mp4"),
-        ([*SIZE, "--method", "radial"], "RadialProcessor does not apply to ChromaTransformer2DModel"),
+        ([*SIZE, "--method", "radial"], "--method radial does not apply to"),
         ([*SIZE, "--num-frames", "5"], "--num-frames: the pipeline of"),
         (["--height", "41", "--width", "48"], "--height must be a multiple of 4 for"),
         (["--steps", "2"], "--height is missing: nothing says what"),
@@ -71,4 +71,5 @@ def test_bad_input_is_one_line(
     assert done.exit_code == 2, done.output
     (line,) = [line for line in done.stderr.strip().splitlines() if line.startswith("error: ")]
     assert message in line
+    assert "loading" not in done.stderr  # it is told before
     assert not list(tmp_path.iterdir())

@@ -50,8 +50,9 @@ class _HiddenHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         hidden, text = given[self.hidden], given.get(self.text)
-        joined = self.at.part.family.joint and text is not None and text is not hidden
-        self.at.hidden = _batched(hidden), _batched(given[self.text]) if joined else None
+        if not self.at.part.family.joint or text is hidden:
+            text = None
+        self.at.hidden = _batched(hidden), None if text is None else _batched(text)
 
     def __reduce__(self) -> Any:
         return NoHook, ()

@@ -25,6 +25,7 @@ from dit_sparse.request import (
     choice_of,
     completed,
     device_of,
+    flag_of,
     flat,
     makes_video,
     settings_of,
@@ -74,10 +75,10 @@ def generate_many(asked: Request, prompts: Path, folder: Path) -> None:
         # Told by one, as files that appear meanwhile must not change the shares of the others.
         todo, problem = broadcast_object_list([todo, problem])
         _stop_at(problem, state)
-        asked = _placed(asked, state)
-        batch = _planned(asked, prompts, folder)
+        if not state.is_main_process:
+            batch = _planned(_placed(asked, state), prompts, folder)
         mine = [batch.requests[i] for i in todo[state.process_index :: state.num_processes]]
-        failures = gather_object(_made(mine, batch, asked))
+        failures = gather_object(_made(mine, batch))
         if state.is_main_process:
             _write_index(folder, batch, made=len(todo) - len(failures))
         _stop_at(f"{len(failures)} of {len(todo)} failed: {'; '.join(failures)}" if failures else None, state)
@@ -107,9 +108,9 @@ def _planned(asked: Request, prompts: Path, folder: Path) -> Batch:
 
     check_flags(asked)
     device_of(asked)
-    for flag in ("prompt", "report", "compare_dense"):
-        if getattr(asked, flag):
-            raise ValueError(f"--{flag.replace('_', '-')} is for one prompt, got --prompts too")
+    for name in ("prompt", "report", "compare_dense"):
+        if getattr(asked, name):
+            raise ValueError(f"{flag_of(name)} is for one prompt, got --prompts too")
     texts = read_prompts(prompts)
     source = find(asked.model)
     check_writable("--output-dir", folder / "manifest.json")
@@ -187,14 +188,15 @@ def _changes(name: str, old: Any, new: Any) -> list[str]:
     return [f"{name} {old!r} and not {new!r}"]
 
 
-def _made(requests: Sequence[Request], batch: Batch, asked: Request) -> list[str]:
+def _made(requests: Sequence[Request], batch: Batch) -> list[str]:
     """Make these; returns what failed, and why."""
     failures: list[str] = []
     if not requests:
         return failures
-    pipe = placed_pipeline(asked, batch.source, device_of(asked), batch.settings)
+    first = requests[0]
+    pipe = placed_pipeline(first, batch.source, device_of(first), batch.settings)
     choice = batch.choice
-    with removed(None if choice is None else attached(pipe, requests[0], choice, choice.schedule)) as session:
+    with removed(None if choice is None else attached(pipe, first, choice, choice.schedule)) as session:
         for one in requests:
             try:
                 manifest = attempt(pipe, one, batch.source, batch.settings, choice, session)

@@ -90,19 +90,19 @@ def check_flags(asked: Request) -> None:
     for name in ("height", "width", "num_frames", "steps"):
         value = getattr(asked, name)
         if value is not None and value < 1:
-            raise ValueError(f"{_flag(name)} must be at least 1, got {value}")
+            raise ValueError(f"{flag_of(name)} must be at least 1, got {value}")
     if asked.density is not None and not 0 < asked.density <= 1:
         raise ValueError(f"--density must be above 0 and at most 1, got {asked.density:g}")
     for name in ("guidance_scale", "flow_shift"):
         value = getattr(asked, name)
         if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{_flag(name)} must be above 0, got {value:g}")
+            raise ValueError(f"{flag_of(name)} must be above 0, got {value:g}")
     if asked.schedule is not None:
         Schedule.parse(asked.schedule)
     if asked.is_stock:
         for name in ("density", "preset", "schedule", "param", "report", "compare_dense"):
             if getattr(asked, name):
-                raise ValueError(f"{_flag(name)} needs a sparse method, got --method {asked.method}")
+                raise ValueError(f"{flag_of(name)} needs a sparse method, got --method {asked.method}")
     if asked.image is not None:
         read_image(asked.image)
     for lora in asked.lora or ():
@@ -213,7 +213,7 @@ def settings_of(asked: Request, source: Source) -> dict[str, Any]:
     given = [*flags, *(["negative_prompt"] if asked.negative_prompt is not None else [])]
     for name in given:
         if name not in own and name != "flow_shift":
-            raise ValueError(f"{_flag(name)}: the pipeline of {asked.model} has no such setting")
+            raise ValueError(f"{flag_of(name)}: the pipeline of {asked.model} has no such setting")
     settings.update(flags)
     if asked.guidance_scale is not None:
         settings.pop("guidance_scale_2", None)
@@ -222,7 +222,7 @@ def settings_of(asked: Request, source: Source) -> dict[str, Any]:
         settings["height"], settings["width"] = _shape_of(asked.image, settings, source.multiples)
     for name in ("height", "width", "num_frames"):
         if settings.get(name, 0) is None:
-            raise ValueError(f"{_flag(name)} is missing: nothing says what {asked.model} is made for")
+            raise ValueError(f"{flag_of(name)} is missing: nothing says what {asked.model} is made for")
     _check_multiples(asked.model, settings, source)
     limit = source.transformer.get("rope_max_seq_len")
     if limit is not None and max(grid := grid_of(source, settings)) > limit:
@@ -244,12 +244,13 @@ def _check_multiples(model: str, settings: Mapping[str, Any], source: Source) ->
             below = settings[name] - over
             near = f"nearest are {below} and {below + multiple}" if below else f"the smallest is {multiple}"
             raise ValueError(
-                f"{_flag(name)} must be {'one above ' * extra}a multiple of {multiple} for {model}, got "
+                f"{flag_of(name)} must be {'one above ' * extra}a multiple of {multiple} for {model}, got "
                 f"{settings[name]}; {near}"
             )
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """The flag of a setting, as it is typed."""
     return f"--{name.replace('_', '-')}"
 
 

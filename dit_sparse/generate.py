@@ -10,11 +10,11 @@ import platform
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dit_sparse.request import (
     EXAMPLE,
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from dit_sparse.attach import Session
     from dit_sparse.pipelines.load import Source
 
+Attached = TypeVar("Attached", "Session", "Session | None")
+
 
 @dataclass
 class Run:
@@ -44,13 +46,14 @@ class Run:
     Args:
         frames: uint8 [F, H, W, 3]; an image is one frame.
         seconds: Of the whole call, and in the parts of the pipeline.
-        attention: Seconds inside the self-attention core calls; None where they were not timed.
+        inside: Seconds in ``attention`` (self-attention core calls) and, of these, in ``planning``; empty
+            where they were not timed.
         session: The session it ran in, detached by now; its report stays readable.
     """
 
     frames: Any
     seconds: dict[str, float]
-    attention: float | None = None
+    inside: dict[str, float] = field(default_factory=dict)
     session: Session | None = None
 
 
@@ -72,13 +75,13 @@ def generate(asked: Request) -> None:
     dense = None
     if asked.compare_dense:
         say("one untimed step of each")
-        short = {**call, "num_inference_steps": 1, "output_type": "latent"}
         with removed(attached(pipe, asked, choice, "always")):
-            _run(pipe, short, asked, None)
-        _run(pipe, short, asked, None)
-        dense = _dense_run(pipe, call, asked)
+            warm_up(pipe, call, asked.seed)
+        warm_up(pipe, call, asked.seed)
+        with removed(left_alone(pipe)) as stock:
+            dense = timed_run(pipe, call, asked, stock, "dense")
     with removed(None if choice is None else attached(pipe, asked, choice, choice.schedule)) as session:
-        run = _run(pipe, call, asked, asked.method)
+        run = run_once(pipe, call, asked.seed, asked.method)
         run.session = session
     manifest = _manifest(asked, source, settings, choice, run, dense, pipe)
     _write(asked, manifest, run, dense)
@@ -100,7 +103,7 @@ def attempt(
     """
     if session is not None:
         session.reseed(asked.seed)
-    run = _run(pipe, call_of(asked, source, settings), asked, asked.output.stem)
+    run = run_once(pipe, call_of(asked, source, settings), asked.seed, asked.output.stem)
     run.session = session
     manifest = _manifest(asked, source, settings, choice, run, None, pipe)
     _write(asked, manifest, run, None)
@@ -201,8 +204,15 @@ def attached(pipe: Any, asked: Request, choice: Choice | None, schedule: str) ->
     )
 
 
+def left_alone(pipe: Any) -> Session:
+    """A session that leaves every call to the model: bit for bit the stock model, with a report."""
+    import dit_sparse
+
+    return dit_sparse.apply(pipe, "dense", schedule="dense 0-100%")
+
+
 @contextmanager
-def removed(session: Session | None) -> Iterator[Session | None]:
+def removed(session: Attached) -> Iterator[Attached]:
     """The session for the time of a block; None is the stock model."""
     try:
         yield session
@@ -211,50 +221,54 @@ def removed(session: Session | None) -> Iterator[Session | None]:
             session.remove()
 
 
-def _dense_run(pipe: Any, call: Mapping[str, Any], asked: Request) -> Run:
-    """The dense video, with the time inside its self-attention core calls.
+def timed_run(pipe: Any, call: Mapping[str, Any], asked: Request, session: Session, name: str) -> Run:
+    """A run in a session that is attached, with the time inside its self-attention core calls.
 
-    It runs through a session whose schedule leaves every call to the model: bit for bit the stock model, and
-    every core call (softmax attention alone: no projections, no rotation, no cross-attention) can be timed on
-    its way. Under ``torch.compile`` a timer would break the graph: there the plain stock model runs, untimed.
+    Under ``torch.compile`` a timer would break the graph: there that time stays unknown.
     """
-    import dit_sparse
-    from dit_sparse.stopwatch import span_timer, spanned
+    from dit_sparse.stopwatch import CallTimer
 
     if asked.compile:
-        return _run(pipe, call, asked, "dense")
-    spans: list[tuple[Any, Any]] = []
-    with removed(dit_sparse.apply(pipe, "dense", schedule="dense 0-100%")) as session:
-        assert session is not None
-        read, total = span_timer(pipe)
-        for part in session.parts:
-            for layer in part.layers:
-                layer.processor._core = spanned(layer.processor._core, read, spans)
-        run = _run(pipe, call, asked, "dense")
-        run.attention = total(spans)
+        run = run_once(pipe, call, asked.seed, name)
+    else:
+        with CallTimer(pipe, session) as timer:
+            run = run_once(pipe, call, asked.seed, name)
+            run.inside = timer.seconds()
+    run.session = session
     return run
 
 
-def _run(pipe: Any, call: Mapping[str, Any], asked: Request, name: str | None) -> Run:
-    """One timed run from the seed's noise; ``name`` is shown at its progress bar, None shows none."""
+def run_once(pipe: Any, call: Mapping[str, Any], seed: int, name: str | None) -> Run:
+    """One timed run from the seed's noise; ``name`` is shown at its progress bar, None shows none.
+
+    Raises:
+        ValueError: The model made values that are no numbers.
+    """
     import torch
 
     from dit_sparse.stopwatch import Stopwatch
 
     pipe.set_progress_bar_config(disable=name is None, desc=name)
-    generator = torch.Generator().manual_seed(asked.seed)
+    generator = torch.Generator().manual_seed(seed)
     with Stopwatch(pipe) as watch:
         start = watch.now()
         out = pipe(**{"output_type": "np", **call}, generator=generator)
         total = watch.now() - start
-    if name is None:
-        return Run(None, {})
     kind = next(name for name in ("frames", "images", "image") if name in out)
     frames = torch.as_tensor(out[kind][0] if kind == "frames" else out[kind][:1])
     if not frames.isfinite().all():
         raise ValueError("the model made values that are no numbers; try --dtype bfloat16 or float32")
     seconds = {"total": total, **watch.seconds}
     return Run((frames * 255).round().to(torch.uint8), seconds)
+
+
+def warm_up(pipe: Any, call: Mapping[str, Any], seed: int) -> None:
+    """One untimed step: the first loads code, compiles and allocates."""
+    import torch
+
+    pipe.set_progress_bar_config(disable=True)
+    short = {**call, "num_inference_steps": 1, "output_type": "latent"}
+    pipe(**short, generator=torch.Generator().manual_seed(seed))
 
 
 def identity(
@@ -353,7 +367,7 @@ def _compared(run: Run, dense: Run) -> dict[str, Any]:
     decibels = psnr(run.frames, dense.frames)
     assert run.session is not None
     total = dense.seconds["total"]
-    share = None if dense.attention is None else dense.attention / total
+    share = dense.inside["attention"] / total if dense.inside else None
     density = run.session.report().density
     return {
         "dense_seconds": dense.seconds,

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from inspect import Signature
 from typing import Any
 
@@ -23,6 +24,7 @@ from dit_sparse.pipelines import Family
 from dit_sparse.plan import Plan, Rule
 from dit_sparse.report import Record, Report, Where
 from dit_sparse.schedule import Phase, Schedule
+from dit_sparse.watch import Watch
 
 
 @dataclass(eq=False)
@@ -163,6 +165,7 @@ class Router:
         self.seed = seed
         self.full_plan_is_dense = True
         """Whether an all-kept static plan takes the model's own dense call (reported as "full plan")."""
+        self.watches: list[Watch] = []
         self._records: dict[Where, Record] = {}
         self._memory: dict[tuple[Site, str], dict[tuple[int, TokenLayout], Memory]] = {}
         """By batch size, as FasterCache runs some steps without the unconditional half of the batch, and by
@@ -381,6 +384,9 @@ class Router:
             backend = backend or self._backend(device, needs_grad, rule)
             if forward.replays:
                 return backend
+            if plan is not None:
+                for watch in self.watches:
+                    watch.executed(plan, call)
             if valid is None and at.method.is_static:
                 pairs, _ = self._once(("pairs", id(plan), call.order), lambda: (count(), plan))
             else:
@@ -393,7 +399,10 @@ class Router:
 
         def plan_cache(method: SparseProcessor, make: Callable[[], Plan], call: Call) -> Plan:
             def whole() -> Plan:
-                return _with_anchors(make(), call, forward.anchors)
+                chosen = make
+                for watch in self.watches:
+                    chosen = partial(watch.planning, chosen)
+                return _with_anchors(chosen(), call, forward.anchors)
 
             if method.is_static:
                 key = *self._key("plan", method, call, q), forward.anchors

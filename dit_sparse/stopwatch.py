@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from dit_sparse.watch import Watch
+
+if TYPE_CHECKING:
+    from dit_sparse.attach import Session
+    from dit_sparse.plan import Plan
 
 
 @dataclass
@@ -95,3 +102,48 @@ def span_timer(pipe: Any) -> tuple[Callable[[], Any], Callable[[list[tuple[Any, 
         return sum(start.elapsed_time(end) for start, end in spans) / 1000
 
     return read, total
+
+
+class CallTimer(Watch):
+    """Seconds in self-attention's core calls, and in choosing blocks within them, while it is entered.
+
+    A core call is softmax attention alone: no projections, no rotation, no cross-attention. It is timed
+    whether a method or the model computes it. Not for compiled models, whose graph a timer would break.
+
+    Args:
+        pipe: The pipeline of the session.
+    """
+
+    def __init__(self, pipe: Any, session: Session) -> None:
+        self.session = session
+        self.attention: list[tuple[Any, Any]] = []
+        self.choosing: list[tuple[Any, Any]] = []
+        self._read, self._total = span_timer(pipe)
+        self._depth = 0
+        self._undo = ExitStack()
+
+    def planning(self, make: Callable[[], Plan]) -> Plan:
+        start = None if self._depth else self._read()
+        self._depth += 1
+        try:
+            return make()
+        finally:
+            self._depth -= 1
+            if start is not None:
+                self.choosing.append((start, self._read()))
+
+    def seconds(self) -> dict[str, float]:
+        """``attention`` and ``planning``, the second being part of the first."""
+        return {"attention": self._total(self.attention), "planning": self._total(self.choosing)}
+
+    def __enter__(self) -> CallTimer:
+        for part in self.session.parts:
+            for at in part.layers:
+                at.processor._core = spanned(at.processor._core, self._read, self.attention)
+                self._undo.callback(delattr, at.processor, "_core")
+        self.session.watches.append(self)
+        self._undo.callback(self.session.watches.remove, self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()

@@ -138,7 +138,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def table(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def rows_of(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Columns and rows for a terminal."""
     names = [n for n in ("psnr", "ssim", "lpips") if n in result["protocol"]]
     rows = []

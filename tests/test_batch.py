@@ -84,16 +84,16 @@ def test_a_file_is_what_its_prompt_and_seed_make_alone(folder: Path, prompts: Pa
 def test_a_stopped_run_goes_on(
     folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, made, real = tmp_path / "out", [], generate._run
+    out, made, real = tmp_path / "out", [], generate.run_once
 
-    def counted(pipe: Any, call: Any, asked: Any, name: Any) -> Any:
+    def counted(pipe: Any, call: Any, seed: int, name: Any) -> Any:
         if len(made) == 1:
             raise KeyboardInterrupt
         made.append(name)
-        return real(pipe, call, asked, name)
+        return real(pipe, call, seed, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "_run", counted)
+        patch.setattr(generate, "run_once", counted)
         result = run(folder, prompts, out)
     assert result.exit_code == 130
     assert "the same command goes on" in result.output
@@ -137,14 +137,14 @@ def test_what_was_made_otherwise_is_kept(
 def test_a_prompt_that_fails_is_named_and_the_others_are_made(
     folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, real = tmp_path / "out", generate._run
+    out, real = tmp_path / "out", generate.run_once
 
-    def failing(pipe: Any, call: Any, asked: Any, name: Any) -> Any:
-        if asked.prompt == "a dog!":
+    def failing(pipe: Any, call: Any, seed: int, name: Any) -> Any:
+        if call["prompt"] == "a dog!":
             raise ValueError("the model made values that are no numbers")
-        return real(pipe, call, asked, name)
+        return real(pipe, call, seed, name)
 
-    monkeypatch.setattr(generate, "_run", failing)
+    monkeypatch.setattr(generate, "run_once", failing)
     result = run(folder, prompts, out)
     assert result.exit_code == 2
     assert "1 of 3 failed: 0001-a-dog (the model made values that are no numbers)" in result.output

@@ -183,7 +183,7 @@ def test_plans_have_the_density_that_rows_report(pattern: str) -> None:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="reads Linux's /proc and trims glibc's heap")
 def test_memory_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the most that was held, whatever was freed in between or before. Huge pages round up by 2 MiB each."""
+    """Of the most that was held, whatever was freed before. A huge page rounds up by 2 MiB."""
 
     def hundred(plan: object, tokens: int) -> bench.Attention:
         return lambda q, k, v: [torch.ones(100 << 18), torch.ones(40 << 18)][1]

@@ -1,0 +1,1 @@
+"""The commands of ``dit-sparse``; ``cli.py`` puts them together."""

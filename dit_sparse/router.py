@@ -18,7 +18,7 @@ from dit_sparse.core import Attachment
 from dit_sparse.kernels.ops import BACKENDS, resolve_backend
 from dit_sparse.layout import TokenLayout
 from dit_sparse.method import Call, SparseProcessor
-from dit_sparse.order import broadcast_heads, fill_counts
+from dit_sparse.order import Order, broadcast_heads, fill_counts
 from dit_sparse.parallel import Heads, Ulysses, balanced, share_out, shares_text_apart, taken
 from dit_sparse.pipelines import Family
 from dit_sparse.plan import Plan, Rule
@@ -112,6 +112,27 @@ class Forward:
         if id(mask) not in self.gathered:
             self.gathered[id(mask)] = mask, share.all_tokens(mask)
         return self.gathered[id(mask)][1]
+
+
+@dataclass(eq=False)
+class Here:
+    """An attention call as this process computes it.
+
+    Args:
+        q, k: Of what shape, device and need of gradients. With ``share`` they stand, without memory, for this
+            process' heads over the tokens of all.
+        share: How processes share the heads.
+    """
+
+    site: Site
+    forward: Forward
+    q: Tensor
+    k: Tensor
+    share: Ulysses | None = None
+
+    @property
+    def at(self) -> Attachment:
+        return self.site[0]
 
 
 @dataclass(eq=False)
@@ -211,106 +232,125 @@ class Router:
         With ``parallel``, a ``ContextParallelConfig`` of diffusers, q, k and v are those of the tokens here.
         """
         forward = at.part.forward or _NOWHERE
-        site = forward.site(at)
+        here = Here(forward.site(at), forward, q, k)
         given = at.hidden
-        if site[1] + 1 >= forward.items:
+        if here.site[1] + 1 >= forward.items:
             at.hidden = None  # a layer's hidden states are not kept beyond its last call
-        share, mine, keys, why = None, q, k, "causal, dropout or a block mask" if odd else ""
+        why = "causal, dropout or a block mask" if odd else ""
         if parallel is not None:
-            share, tokens, cannot = forward.share(at, q, parallel)
-            why = why or cannot or at.method.needs_all_heads
-            if q.shape[1:3] != k.shape[1:3]:
-                why = why or "context parallelism where queries and keys differ in number or in heads"
-            # The shapes of what this process computes, without memory: it is exchanged once that is settled.
-            keys = _shaped(q, k, q.shape[1], tokens)
-            if share is not None:
-                self._share = share
-                mine = keys = _shaped(q, k, len(share.own_heads), tokens)
-                mask = None if mask is None else forward.whole_mask(mask, share)
-        layout, valid, reason = self._understand(at, forward, mine, keys, mask, why)
+            why = self._share_out(here, parallel, why)
+            if mask is not None and here.share is not None:
+                mask = forward.whole_mask(mask, here.share)
+        layout, valid, why = self._understand(here, mask, why)
         hidden = None
         if layout is not None and given is not None:
-            hidden = _one_sequence(given, layout, site[1] if forward.items else None)
-            if share is not None and hidden.shape[1] == layout.sequence:
-                hidden = share.tokens_here(hidden)  # Helios shares tokens out within its layers
-            if hidden.shape[1] != k.shape[2]:
-                layout, reason = (
-                    None,
-                    (
-                        f"the method reads hidden states, of which the layer is given {hidden.shape[1]} for "
-                        f"{k.shape[2]} tokens"
-                    ),
-                )
-        if layout is None:
+            hidden, why = _hidden_states(given, layout, here, k.shape[2])
+        if layout is None or why:
             # A further call of a processor (IP adapters) reads a sequence with no grid, as it should.
             if self.strict and not _reads_elsewhere(at, q, k):
-                raise ValueError(f"{at.layer.name} cannot run sparse: {reason}")
-            self._left_dense(at, forward, mine, keys, None, reason, share)
+                raise ValueError(f"{at.layer.name} cannot run sparse: {why}")
+            self._left_dense(here, None, why)
             return None
-        tick = forward.tick
-        if tick.step is not None and tick.step + 1 == tick.steps:
-            # What was remembered can be gigabytes, for which the autoencoder that follows has a use.
-            remembered = self._memory.pop((site, tick.branch), {})
-        else:
-            remembered = self._memory.setdefault((site, tick.branch), {})
-        memory = remembered.setdefault((forward.items or q.shape[0], layout), Memory())
-        phase = memory.phase(at, tick)
+        memory = self._memory_of(here, layout, q.shape[0])
+        phase = memory.phase(at, forward.tick)
         if phase is Phase.DENSE:
-            self._left_dense(at, forward, mine, keys, valid, "schedule", share)
+            self._left_dense(here, valid, "schedule")
             return None
         method = at.method
         if self.density is not None:
             density = self.density
             method = self._once((method, layout), lambda: at.method.at_density(density, layout))
-        asked = None
+        call = self._call(here, layout, phase, valid, scale, memory.cache)
+        return self._attend(here, method, call.at(hidden=hidden), q, k, v)
+
+    def _attend(
+        self, here: Here, method: SparseProcessor, call: Call, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor | None:
+        """Run ``method`` on q, k, v as the model gave them; None where it leaves nothing out.
+
+        They go through the exchange of heads, the grid's order and the method's, and the output comes back.
+        """
+        forward, share, layout, asked = here.forward, here.share, call.layout, None
         if q.shape[2] < k.shape[2]:
             q, asked = _beside_text(q, layout)
-        index = forward.index(layout, at.part.family.joint, q.device)
+        index = forward.index(layout, here.at.part.family.joint, q.device)
         if share is not None:
-            heads = self._heads(at, method, layout, tick, share)
-            share = replace(share.reordered(index), heads=heads)
-            index = share.index
+            share = replace(share.reordered(index), heads=self._heads(here, method, layout, share))
+            here.share, index = share, share.index
         elif index is not None:
             q, k, v = (taken(x, index, 2) for x in (q, k, v))
-            hidden = None if hidden is None else taken(hidden, index, 1)
+            call = call.at(hidden=None if call.hidden is None else taken(call.hidden, index, 1))
         if index is not None:
-            valid = None if valid is None else taken(valid, index, 1)
+            call = call.at(valid=None if call.valid is None else taken(call.valid, index, 1))
             asked = None if asked is None else asked[index]
-        call = self._call(site, forward, layout, phase, mine, keys, valid, scale, memory.cache, share)
-        if method.orders_by_qk:
-            order = method.order(call).to(q.device)
-        else:
-            order = self._once(self._key("order", method, call, q), lambda: method.order(call).to(q.device))
-        call = call.at(order=order, hidden=hidden, asked=asked)
-        if self.full_plan_is_dense and method.is_dense(call):
-            self._left_dense(at, forward, mine, keys, valid, "full plan", share)
+        call = call.at(share=share, asked=asked)
+        order = self._order(method, call, q.device)
+        call = call.at(order=order)
+        if self._leaves_nothing_out(here, method, call, q if share is None else here.q):
+            self._left_dense(here, call.valid, "full plan")
             return None
-        if self.full_plan_is_dense and method.is_static and method.only_plans:
-            # A plan is made for ordered q and k: an order with holes has more slots than tokens.
-            asking = q if share is None else mine
-            full = self._once(
-                (*self._key("full", method, call, q), forward.anchors),
-                lambda: call.everywhere(
-                    _is_full(method.planned(order.apply(asking), order.apply(keys), call)), q.device
-                ),
-            )
-            if full:
-                self._left_dense(at, forward, mine, keys, valid, "full plan", share)
-                return None
         if share is not None:
             q, k, v = share.to_heads(torch.cat([q, k, v], -1)).split([x.shape[3] for x in (q, k, v)], -1)
         out = order.undo(method.attend(order.apply(q), order.apply(k), order.apply(v), call))
         if torch.is_grad_enabled() and not forward.replays:
-            forward.caches[site] = call.phase, dict(call.cache)
+            forward.caches[here.site] = call.phase, dict(call.cache)
         if share is not None:
             return share.to_tokens(out)
         out = out if index is None else taken(out, index.argsort(dim=-1), 2)
         return out if asked is None else out.narrow(2, *_but_text(layout))
 
-    def _heads(
-        self, at: Attachment, method: SparseProcessor, layout: TokenLayout, tick: Tick, share: Ulysses
-    ) -> Heads:
+    def _share_out(self, here: Here, parallel: Any, why: str) -> str:
+        """Settle how processes share the heads of a call, or why they do not."""
+        at, q, k = here.at, here.q, here.k
+        share, tokens, cannot = here.forward.share(at, q, parallel)
+        why = why or cannot or at.method.needs_all_heads
+        if q.shape[1:3] != k.shape[1:3]:
+            why = why or "context parallelism where queries and keys differ in number or in heads"
+        here.k = _shaped(q, k, q.shape[1] if share is None else len(share.own_heads), tokens)
+        if share is not None:
+            here.q, here.share = here.k, share
+            self._share = share
+        return why
+
+    def _memory_of(self, here: Here, layout: TokenLayout, batch: int) -> Memory:
+        key, tick = (here.site, here.forward.tick.branch), here.forward.tick
+        if tick.step is not None and tick.step + 1 == tick.steps:
+            # What was remembered can be gigabytes, for which the autoencoder that follows has a use.
+            remembered = self._memory.pop(key, {})
+        else:
+            remembered = self._memory.setdefault(key, {})
+        return remembered.setdefault((here.forward.items or batch, layout), Memory())
+
+    def _order(self, method: SparseProcessor, call: Call, device: torch.device) -> Order:
+        if method.orders_by_qk:
+            return method.order(call).to(device)
+        key = self._key("order", method, call, device)
+        order: Order = self._once(key, lambda: method.order(call).to(device))
+        return order
+
+    def _leaves_nothing_out(self, here: Here, method: SparseProcessor, call: Call, q: Tensor) -> bool:
+        """Whether a call is the model's own attention, which then computes it."""
+        if not self.full_plan_is_dense:
+            return False
+        if method.is_dense(call):
+            return True
+        if not (method.is_static and method.only_plans):
+            return False
+        order = call.order
+        assert order is not None
+
+        def full() -> bool:
+            # A plan is made for ordered q and k: an order with holes has more slots than tokens.
+            plan = method.planned(order.apply(q), order.apply(here.k), call)
+            return call.everywhere(_is_full(plan), q.device)
+
+        key = *self._key("full", method, call, q.device), here.forward.anchors
+        return bool(self._once(key, full))
+
+    def _heads(self, here: Here, method: SparseProcessor, layout: TokenLayout, share: Ulysses) -> Heads:
         """Who computes which heads: for the whole run, as what a head remembers stays where it is."""
+
+        at, tick = here.at, here.forward.tick
 
         def make() -> Heads:
             own = at.layer
@@ -322,9 +362,10 @@ class Router:
         return self._once(("heads", method, layout, at.part.name, at.layer.name, share.heads), make)
 
     def _understand(
-        self, at: Attachment, forward: Forward, q: Tensor, k: Tensor, mask: Tensor | None, why: str
+        self, here: Here, mask: Tensor | None, why: str
     ) -> tuple[TokenLayout | None, Tensor | None, str]:
         """(layout, key validity, "") of a call a method can honour, or (None, None, why not)."""
+        at, forward, q, k = here.at, here.forward, here.q, here.k
         if forward is _NOWHERE:
             return None, None, "called outside its transformer's forward, which tells the grid"
         if why:
@@ -359,18 +400,15 @@ class Router:
 
     def _call(
         self,
-        site: Site,
-        forward: Forward,
+        here: Here,
         layout: TokenLayout,
         phase: Phase,
-        q: Tensor,
-        k: Tensor,
         valid: Tensor | None,
         scale: float | None,
         cache: dict[str, Any],
-        share: Ulysses | None,
     ) -> Call:
-        (at, _), tick, device, training = site, forward.tick, q.device, torch.is_grad_enabled()
+        at, site, forward, q, k = here.at, here.site, here.forward, here.q, here.k
+        tick, device, training = forward.tick, q.device, torch.is_grad_enabled()
         needs_grad = training and any(x.requires_grad for x in (q, k))
         if not cache and "step" in at.method.reads and not at.method.is_static:
             phase = Phase.REFRESH
@@ -394,7 +432,7 @@ class Router:
             # A method may compute more than one part of an attention call: it stays one call over all pairs.
             first = next(runs) == 0
             every = self._every(q, k, valid) * first
-            self._record(at, forward, phase, backend, "", q, share).add(pairs, every, q.shape[0], first)
+            self._record(here, phase, backend, "").add(pairs, every, q.shape[0], first)
             return backend
 
         def plan_cache(method: SparseProcessor, make: Callable[[], Plan], call: Call) -> Plan:
@@ -405,7 +443,7 @@ class Router:
                 return _with_anchors(chosen(), call, forward.anchors)
 
             if method.is_static:
-                key = *self._key("plan", method, call, q), forward.anchors
+                key = *self._key("plan", method, call, device), forward.anchors
                 return self._once(key, lambda: whole().to(device))
             mine = site, method
             if forward.replays and mine in forward.plans:
@@ -433,7 +471,7 @@ class Router:
             replays=forward.replays,
             part=at.module._modules.get("sparse_branch"),
             backend=self.backend,
-            share=share,
+            share=here.share,
             on_run=on_run,
             plan_cache=plan_cache,
         )
@@ -445,33 +483,23 @@ class Router:
             self._backends[key] = automatic if self.backend == "auto" else (self.backend, "as asked")
         return self._backends[key][0]
 
-    def _key(self, what: str, method: SparseProcessor, call: Call, q: Tensor) -> tuple[Any, ...]:
+    def _key(self, what: str, method: SparseProcessor, call: Call, device: torch.device) -> tuple[Any, ...]:
         layer = (call.layer, call.name) if "layer" in method.reads else None
         # What a method remembers from step to step lies in one order, so an order depends on no step.
         step = (call.step, call.steps) if "step" in method.reads and what != "order" else None
         heads = call.heads if call.share is None else call.share.heads
-        return what, method, call.layout, q.device, heads, layer, step
+        return what, method, call.layout, device, heads, layer, step
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
 
-    def _left_dense(
-        self,
-        at: Attachment,
-        forward: Forward,
-        q: Tensor,
-        k: Tensor,
-        valid: Tensor | None,
-        reason: str,
-        share: Ulysses | None,
-    ) -> None:
+    def _left_dense(self, here: Here, valid: Tensor | None, reason: str) -> None:
         """Record a call that the model computes itself."""
-        if not forward.replays:
-            every = self._every(q, k, valid)
-            record = self._record(at, forward, Phase.DENSE, "model", reason, q, share)
-            record.add(every, every, q.shape[0])
+        if not here.forward.replays:
+            every = self._every(here.q, here.k, valid)
+            self._record(here, Phase.DENSE, "model", reason).add(every, every, here.q.shape[0])
 
     def _every(self, q: Tensor, k: Tensor, valid: Tensor | None) -> Tensor:
         """All token pairs of a call, int64 [B or 1, 1]."""
@@ -479,21 +507,12 @@ class Router:
             return torch.full((1, 1), k.shape[2] * q.shape[2], device=q.device)
         return valid.sum(-1)[:, None] * q.shape[2]
 
-    def _record(
-        self,
-        at: Attachment,
-        forward: Forward,
-        phase: Phase,
-        backend: str,
-        reason: str,
-        q: Tensor,
-        share: Ulysses | None,
-    ) -> Record:
-        tick, layer = forward.tick, at.layer
+    def _record(self, here: Here, phase: Phase, backend: str, reason: str) -> Record:
+        at, tick, layer = here.at, here.forward.tick, here.at.layer
         where = Where(
             at.part.name, tick.step, layer.index, layer.name, tick.branch, phase, backend, reason
         )  # fmt: skip
-        heads = range(q.shape[1]) if share is None else share.own_heads
+        heads = range(here.q.shape[1]) if here.share is None else here.share.own_heads
         return self._records.setdefault(where, Record(heads))
 
 
@@ -521,6 +540,21 @@ def _beside_text(q: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
     tokens = torch.arange(layout.sequence, device=q.device)
     asked = (tokens >= start) & (tokens < start + length)
     return torch.nn.functional.pad(q, (0, 0, start, layout.text - start)), asked
+
+
+def _hidden_states(
+    given: tuple[Tensor, Tensor | None], layout: TokenLayout, here: Here, tokens: int
+) -> tuple[Tensor, str]:
+    """The hidden states of the tokens here, or why they cannot be had."""
+    hidden = _one_sequence(given, layout, here.site[1] if here.forward.items else None)
+    if here.share is not None and hidden.shape[1] == layout.sequence:
+        hidden = here.share.tokens_here(hidden)  # Helios shares tokens out within its layers
+    if hidden.shape[1] == tokens:
+        return hidden, ""
+    return (
+        hidden,
+        f"the method reads hidden states, of which the layer is given {hidden.shape[1]} for {tokens} tokens",
+    )
 
 
 def _one_sequence(hidden: tuple[Tensor, Tensor | None], layout: TokenLayout, item: int | None) -> Tensor:

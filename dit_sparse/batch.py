@@ -28,6 +28,7 @@ from dit_sparse.request import (
     flag_of,
     flat,
     makes_video,
+    read_prompts,
     settings_of,
 )
 
@@ -111,7 +112,7 @@ def _planned(asked: Request, prompts: Path, folder: Path) -> Batch:
     for name in ("prompt", "report", "compare_dense"):
         if getattr(asked, name):
             raise ValueError(f"{flag_of(name)} is for one prompt, got --prompts too")
-    texts = read_prompts(prompts)
+    texts = read_prompts("--prompts", prompts)
     source = find(asked.model)
     check_writable("--output-dir", folder / "manifest.json")
     video = makes_video(asked, source)
@@ -123,22 +124,6 @@ def _planned(asked: Request, prompts: Path, folder: Path) -> Batch:
     settings = settings_of(asked, source)
     choice = None if asked.is_stock else choice_of(requests[0], source, settings)
     return Batch(requests, source, settings, choice)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line. Blank lines and those that begin with # do not count.
-
-    Raises:
-        ValueError: The file cannot be read, or has no prompt.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts {path} cannot be read: {error}") from None
-    texts = [line for line in lines if line and not line.startswith("#")]
-    if not texts:
-        raise ValueError(f"--prompts {path} has no prompt")
-    return texts
 
 
 def names(prompts: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import typer
 
-from dit_sparse.commands import bench, evaluate, listing, making
+from dit_sparse.commands import bench, compare, evaluate, listing, making
 
 app = typer.Typer(
     help="Sparse attention for diffusion transformers: generate videos, and see what really ran.",
@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (making.generate, making.calibrate, listing.methods, listing.models):
+for command in (making.generate, compare.compare, making.calibrate, listing.methods, listing.models):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 app.add_typer(evaluate.app, name="eval")

@@ -315,6 +315,27 @@ def identity(
     }
 
 
+def versions() -> dict[str, str]:
+    """Of what a run depends on."""
+    packages = ("dit-sparse", "torch", "diffusers", "transformers")
+    return {**{name: version(name) for name in packages}, "python": platform.python_version()}
+
+
+def device_of_run(asked: Request, pipe: Any) -> dict[str, Any]:
+    """What a run is done on, and how."""
+    import torch
+
+    device = pipe._execution_device
+    is_cuda = device.type == "cuda"
+    return {
+        "name": torch.cuda.get_device_name(device) if is_cuda else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+        "dtype": str(_transformers(pipe)[0].dtype).removeprefix("torch."),
+        "offload": asked.offload,
+        "compile": asked.compile,
+    }
+
+
 def _manifest(
     asked: Request,
     source: Source,
@@ -325,10 +346,6 @@ def _manifest(
     pipe: Any,
 ) -> dict[str, Any]:
     """What was asked, on what, and what came of it."""
-    import torch
-
-    device = pipe._execution_device
-    is_cuda = device.type == "cuda"
     about = identity(asked, source, settings, choice)
     density = {"full_run": 1.0, "sparse_calls": 1.0}
     if run.session is not None:
@@ -337,19 +354,9 @@ def _manifest(
         about["method"]["backend"] = report.about["backend"]
     return {
         "format": 1,
-        "versions": {
-            "dit-sparse": version("dit-sparse"),
-            **{name: version(name) for name in ("torch", "diffusers", "transformers")},
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         **about,
-        "device": {
-            "name": torch.cuda.get_device_name(device) if is_cuda else f"{platform.machine()} CPU",
-            "threads": torch.get_num_threads(),
-            "dtype": str(_transformers(pipe)[0].dtype).removeprefix("torch."),
-            "offload": asked.offload,
-            "compile": asked.compile,
-        },
+        "device": device_of_run(asked, pipe),
         "density": density,
         "seconds": run.seconds,
         "comparison": None if dense is None else _compared(run, dense),

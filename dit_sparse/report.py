@@ -175,8 +175,8 @@ class Report:
             w, total = group[0].where, _total(group)
             table.add_row(
                 w.model,
-                _runs(r.where.step for r in group),
-                _runs(r.where.layer for r in group),
+                runs(r.where.step for r in group),
+                runs(r.where.layer for r in group),
                 ",".join(dict.fromkeys(r.where.branch for r in group)),
                 w.phase.value,
                 w.backend,
@@ -235,8 +235,8 @@ def _lines(rows: Iterable[Row]) -> Iterator[list[Row]]:
     return iter(lines.values())
 
 
-def _runs(values: Iterable[int | None]) -> str:
-    """0,1,2,5 -> "0-2,5"."""
+def runs(values: Iterable[int | None]) -> str:
+    """0,1,2,5 -> "0-2,5"; "?" where one is not known."""
     unique = set(values)
     if None in unique:
         return "?"

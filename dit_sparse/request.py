@@ -327,6 +327,38 @@ def _parameters(pairs: list[str] | tuple[()]) -> dict[str, Any]:
     return found
 
 
+def read_prompts(flag: str, path: Path) -> list[str]:
+    """One prompt a line. Blank lines and those that begin with # do not count.
+
+    Raises:
+        ValueError: The file cannot be read, or has no prompt.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{flag} {path} cannot be read: {error}") from None
+    texts = [line for line in lines if line and not line.startswith("#")]
+    if not texts:
+        raise ValueError(f"{flag} {path} has no prompt")
+    return texts
+
+
+def words(flag: str, text: str) -> list[str]:
+    """What stands between commas."""
+    found = [word.strip() for word in text.split(",")]
+    if not all(found):
+        raise ValueError(f"{flag} must be names with commas between them, got {text!r}")
+    return found
+
+
+def numbers(flag: str, text: str) -> list[float]:
+    """Numbers between commas."""
+    try:
+        return [float(word) for word in words(flag, text)]
+    except ValueError:
+        raise ValueError(f"{flag} must be numbers with commas between them, got {text!r}") from None
+
+
 def read_image(path: Path) -> Any:
     from PIL import Image, UnidentifiedImageError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 from dit_sparse.generate import call_of, placed_pipeline, say
-from dit_sparse.request import Request, check_flags, choice_of, device_of, settings_of
+from dit_sparse.request import Request, check_flags, choice_of, device_of, read_prompts, settings_of
 
 COUNT = 4
 """Prompts of the bundled model where none are given."""
@@ -72,11 +72,7 @@ def _prompts(
 
     texts = list(prompts)
     if prompt_file is not None:
-        try:
-            lines = prompt_file.read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--prompt-file {prompt_file} cannot be read: {error}") from None
-        texts += [line.strip() for line in lines if line.strip()]
+        texts += read_prompts("--prompt-file", prompt_file)
     if count is not None and count < 1:
         raise ValueError(f"--prompts must be at least 1, got {count}")
     if not texts and model == TINY:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
+import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -147,3 +151,54 @@ class CallTimer(Watch):
 
     def __exit__(self, *_: object) -> None:
         self._undo.close()
+
+
+class PeakMemory:
+    """The most memory that is held while it is entered.
+
+    On CUDA that is what torch has allocated on the device. On the CPU it is the process' resident memory,
+    with libraries, weights and what torch keeps for later: differences within a process mean more than sums.
+
+    Args:
+        device: Where the work is done.
+
+    Attributes:
+        before_mib: Held at the beginning; None where it cannot be known.
+        peak_mib: Held at most; known at the end.
+        why: Why it cannot be known.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self.before_mib: float | None = None
+        self.peak_mib: float | None = None
+        self.why = ""
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            self.before_mib = torch.cuda.memory_allocated(self.device) / 2**20
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif platform.libc_ver()[0] != "glibc":
+            self.why = "the peak memory of a call on the CPU is known on Linux with glibc only"
+        else:
+            # What earlier calls freed but the heap kept would be taken unseen.
+            ctypes.CDLL(None).malloc_trim(0)
+            try:
+                # Unlike getrusage's, this peak can be set back.
+                Path("/proc/self/clear_refs").write_text("5")
+            except OSError as error:
+                self.why = f"the peak memory of a call cannot be set back: {error}"
+            else:
+                self.before_mib = _resident_peak_mib()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self.peak_mib = torch.cuda.max_memory_allocated(self.device) / 2**20
+        elif not self.why:
+            self.peak_mib = _resident_peak_mib()
+
+
+def _resident_peak_mib() -> float:
+    (kib,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kib) / 1024

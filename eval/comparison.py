@@ -35,7 +35,10 @@ class Clip:
 
 @dataclass
 class Cell:
-    """The attention calls of one layer at one step in one branch, as a report's row."""
+    """The attention calls of one layer at one step in one branch, as a report's row.
+
+    ``heads`` are the densities of its heads, or a single one that all have.
+    """
 
     model: str
     step: int | None
@@ -52,9 +55,10 @@ class Cell:
 
 @dataclass
 class Mask:
-    """The blocks one head of a layer computed at one step.
+    """The blocks that heads of a layer computed at one step, in the last item of the batch.
 
     Args:
+        heads: Those that computed these very blocks.
         block: Tokens of a query and a key block.
         image: PNG as a data URI, at most 64x64: rows are queries, columns keys, black what is computed; where
             several blocks share a pixel, the darker the more of them.
@@ -64,7 +68,7 @@ class Mask:
     step: int | None
     layer: int
     branch: str
-    head: int
+    heads: list[int]
     block: tuple[int, int]
     density: float
     image: str
@@ -80,10 +84,12 @@ class Row:
         method: Name and parameters, as Python would build it.
         refused: Why it could not be run; it then has no clips.
         clips: One for each prompt.
-        summary: Over prompts and rounds. Each name of ``quality`` -> {"mean", "interval", "clips"}, interval
-            being the bootstrap 95 % one, None for a single prompt. ``seconds``: part -> median. ``speed_up``:
-            {"median", "low", "high", "ratios"} of dense over this within each round and prompt; None without
-            dense times. ``density``: means of the clips'. ``peak_memory_mib``: or None.
+        cells, masks: Of the first prompt's first run.
+        memory_mib: The peak of each run.
+        summary: Over prompts and rounds. Each name of ``quality`` -> {"mean", "interval", "videos"},
+            interval being the bootstrap 95 % one, None for a single prompt. ``seconds``: part -> median.
+            ``speed_up``: {"median", "low", "high", "ratios"} of dense over this within each round and prompt.
+            ``density``: means of the clips'. ``peak_memory_mib``: the most, or None.
     """
 
     label: str
@@ -96,6 +102,7 @@ class Row:
     clips: list[Clip] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)
     masks: list[Mask] = field(default_factory=list)
+    memory_mib: list[float | None] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
 
 
@@ -120,7 +127,7 @@ class Comparison:
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        path.write_text(json.dumps(asdict(self), separators=(",", ":")) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Comparison:

@@ -205,6 +205,13 @@ def protocol_of(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
+def described(name: str, with_lpips: bool) -> dict[str, str]:
+    """A protocol in words, for a file of results."""
+    how = protocol_of(name)
+    known = {"name": name, "psnr": how.psnr, "ssim": how.ssim}
+    return {**known, "lpips": how.lpips} if with_lpips else known
+
+
 def _pair(a: Any, b: Any) -> tuple[Tensor, Tensor]:
     a, b = _frames(a), _frames(b)
     if a.shape != b.shape:

@@ -53,7 +53,7 @@ def compare(
     Raises:
         ValueError: Files that are missing, cannot be read, or do not fit each other.
     """
-    how = fidelity.protocol_of(protocol)
+    fidelity.protocol_of(protocol)
     names = _names(reference)
     rows: dict[str, dict[str, Any]] = {}
     for label, path in [*((str(o), o) for o in outputs), *([("noise floor", floor)] if floor else [])]:
@@ -69,13 +69,12 @@ def compare(
     for output in outputs[1:]:
         row = rows[str(output)]
         row["minus_first"] = {
-            name: _interval([row["videos"][v][name] for v in first], [first[v][name] for v in first])
+            name: interval([row["videos"][v][name] for v in first], [first[v][name] for v in first])
             for name in ("psnr", "ssim", *(["lpips"] if with_lpips else []))
         }
-    formulas = {name: getattr(how, name) for name in ("psnr", "ssim", *(["lpips"] if with_lpips else []))}
     return {
         "format": 1,
-        "protocol": {"name": protocol, **formulas},
+        "protocol": fidelity.described(protocol, with_lpips),
         "reference": str(reference),
         "read_from": sorted({(reference / name).suffix[1:] for name in names}),
         "rows": rows,
@@ -118,20 +117,21 @@ def _summary(videos: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     for name in ("psnr", "ssim", "lpips"):
         values = [video[name] for video in videos.values() if name in video]
         if values:
-            summary[name] = _interval(values, [0.0] * len(values))
+            summary[name] = interval(values)
     for name in ("frames", "identical_frames"):
         summary[name] = sum(video[name] for video in videos.values())
     return summary
 
 
-def _interval(a: Sequence[float | None], b: Sequence[float | None]) -> dict[str, Any]:
-    """Mean of a - b over the pairs that have both, and its paired bootstrap interval."""
+def interval(a: Sequence[float | None], b: Sequence[float | None] | None = None) -> dict[str, Any]:
+    """Mean of a - b (of a alone) over the pairs that have both, and its paired bootstrap interval."""
+    b = [0.0] * len(a) if b is None else b
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
     if not pairs:
         return {"mean": None, "interval": None, "videos": 0}
     xs, ys = zip(*pairs, strict=True)
-    interval = paired_interval(xs, ys) if len(pairs) > 1 else None
-    return {"mean": fmean(xs) - fmean(ys), "interval": interval, "videos": len(pairs)}
+    bounds = paired_interval(xs, ys) if len(pairs) > 1 else None
+    return {"mean": fmean(xs) - fmean(ys), "interval": bounds, "videos": len(pairs)}
 
 
 def _finite(value: float) -> float | None:
@@ -143,17 +143,18 @@ def rows_of(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str,
     names = [n for n in ("psnr", "ssim", "lpips") if n in result["protocol"]]
     rows = []
     for label, row in result["rows"].items():
-        cells = [_cell(row[name], name) for name in names]
+        cells = [cell(row[name], name) for name in names]
         rows.append((label, *cells, f"{row['identical_frames']} of {row['frames']}"))
         if "minus_first" in row:
-            rows.append(("  minus the first", *(_cell(row["minus_first"][n], n) for n in names), ""))
+            rows.append(("  minus the first", *(cell(row["minus_first"][n], n) for n in names), ""))
     return (f"against {result['reference']}", *names, "identical frames"), rows
 
 
-def _cell(value: Mapping[str, Any], name: str) -> str:
+def cell(value: Mapping[str, Any], name: str) -> str:
+    """A mean and its interval, as :func:`interval` gives them."""
     if value["mean"] is None:
         return "no frame differs"
-    digits = 2 if name == "psnr" else 4
+    digits = {"psnr": 2, "attributes": 3}.get(name, 4)
     text = f"{value['mean']:.{digits}f}"
     if value["interval"] is None:
         return text

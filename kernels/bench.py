@@ -14,7 +14,6 @@ Letters: B batch, H heads, S tokens, D head dim.
 from __future__ import annotations
 
 import csv
-import ctypes
 import platform
 import re
 import subprocess
@@ -33,6 +32,7 @@ from torch import Tensor
 from dit_sparse.kernels.contenders import CONTENDERS, DENSE, Attention, sdpa_loop
 from dit_sparse.order import fill_counts
 from dit_sparse.plan import Plan, blocks_of, top_k
+from dit_sparse.stopwatch import PeakMemory
 
 DTYPES = ("float32", "bfloat16", "float16")
 PATTERNS = ("random", "uneven")
@@ -319,25 +319,11 @@ def memory(case: Case, names: Iterable[str], *, backward: bool = False) -> list[
 
 def _peak(call: Callable[[], object], device: str) -> float:
     """MiB that a call held at most beyond what was there before."""
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+    with PeakMemory(device) as memory:
         call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    if platform.libc_ver()[0] != "glibc":
-        raise ValueError("the peak memory of a call on the CPU is known on Linux with glibc only")
-    # What earlier calls freed but the heap kept would be taken unseen.
-    ctypes.CDLL(None).malloc_trim(0)
-    # Unlike getrusage's, this peak can be set back.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident_peak()
-    call()
-    return (_resident_peak() - before) / 2**20
-
-
-def _resident_peak() -> int:
-    (kib,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    return int(kib) << 10
+    if memory.peak_mib is None or memory.before_mib is None:
+        raise ValueError(memory.why)
+    return memory.peak_mib - memory.before_mib
 
 
 def _call(attention: Attention, tensors: Sequence[Tensor], backward: bool) -> Callable[[], Tensor]:

@@ -14,8 +14,9 @@ import tiny_models as models
 from typer.testing import CliRunner, Result
 
 from dit_sparse import generate
-from dit_sparse.batch import names, read_prompts
+from dit_sparse.batch import names
 from dit_sparse.cli import app
+from dit_sparse.request import read_prompts
 
 SIZE = ["--height", "32", "--width", "32", "--num-frames", "5", "--steps", "2"]
 SPARSE = ["--method", "random", "--density", "0.5", "--param", "block=2", "--schedule", "always"]
@@ -204,7 +205,7 @@ def test_names_are_safe_and_stable() -> None:
 
 
 def test_comments_and_blank_lines_are_no_prompts(prompts: Path) -> None:
-    assert read_prompts(prompts) == ["a cat runs", "a dog!", "ein Bär läuft"]
+    assert read_prompts("--prompts", prompts) == ["a cat runs", "a dog!", "ein Bär läuft"]
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])

@@ -110,7 +110,7 @@ def calibrate(
     ],
     model: Model = "tiny-wan",
     prompt: Annotated[list[str] | None, typer.Option(help="What a video shows; may be given again.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="More prompts, one a line.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="More, one a line (# begins a comment).")] = None,
     prompts: Annotated[
         int | None, typer.Option(help="How many of them. Default: all, or 4 of tiny-wan's own.")
     ] = None,

@@ -5,7 +5,7 @@ READY := .venv/ready
 export PYTHONSAFEPATH := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-all compat check format bench aot gpu-check clean
+.PHONY: demo test test-all browser compat check format bench aot gpu-check clean
 
 demo: $(READY)
 	$(BIN)/dit-sparse generate --compare-dense --output outputs/demo.mp4 --report outputs/demo-report.json
@@ -15,6 +15,12 @@ test: $(READY)
 
 test-all: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not gpu"
+
+# Debian's Chromium, for the tests of the report page; where there is none they skip and say so.
+ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
+browser:
+	command -v chromium > /dev/null || { $(ROOT) apt-get update --quiet && \
+		$(ROOT) apt-get install --quiet --yes --no-install-recommends chromium fonts-dejavu-core; }
 
 # Old versions of diffusers, each in build/compat; about half an hour. Writes the table in README.md.
 compat: $(READY)

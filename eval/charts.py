@@ -92,7 +92,7 @@ def scatter(result: Comparison) -> str:
         draw,
         (6.4, 4.0),
         "Speed and quality",
-        f"{points}. On the Pareto front: {', '.join(row.label for row in best)}. Noise floor: {noise_floor(result)}.",
+        f"{points}. Pareto front: {', '.join(row.label for row in best)}. Noise floor: {noise_floor(result)}.",
     )
 
 

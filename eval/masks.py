@@ -59,7 +59,8 @@ class PlanMasks(Watch):
         if key in self._taken or call.layer % stride or not whole or call.step != self._step(call):
             return
         pairs, every = call.pairs(plan)
-        self._taken[key] = call, plan.block, _small(plan), (pairs / every)[-1].expand(call.heads)
+        small = _small(plan).expand(call.heads, -1, -1)
+        self._taken[key] = call, plan.block, small, (pairs / every)[-1].expand(call.heads)
 
     def _step(self, call: Call) -> int | None:
         if call.step is None or call.steps is None:

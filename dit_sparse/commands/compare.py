@@ -84,7 +84,7 @@ def compare(
         if not texts and model != "tiny-wan":
             raise ValueError(f"--prompt is missing: what should {model} show?")
         result = run(
-            Request(**asked, method="dense", output=output_dir),
+            Request(**asked, method="auto", output=output_dir),
             words("--methods", methods),
             numbers("--densities", densities) if densities is not None else (),
             texts or [EXAMPLE],

@@ -19,7 +19,9 @@ test-all: $(READY)
 # Debian's Chromium, for the tests of the report page; where there is none they skip and say so.
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 browser:
-	command -v chromium > /dev/null || { $(ROOT) apt-get update --quiet && \
+	@command -v chromium > /dev/null || command -v chromium-browser > /dev/null || command -v apt-get > /dev/null || \
+		{ echo "make browser needs apt-get; elsewhere install Chromium so that 'chromium' is on the PATH" >&2; exit 1; }
+	command -v chromium > /dev/null || command -v chromium-browser > /dev/null || { $(ROOT) apt-get update --quiet && \
 		$(ROOT) apt-get install --quiet --yes --no-install-recommends chromium fonts-dejavu-core; }
 
 # Old versions of diffusers, each in build/compat; about half an hour. Writes the table in README.md.

@@ -20,7 +20,7 @@ _HOME = {
     "Plan": "plan",
     "Schedule": "schedule",
     "Phase": "schedule",
-    "SparseProcessor": "method",
+    "SparseProcessor": "processors",  # with it set_attn_processor takes methods, those of users too
     "Call": "method",
     "Calibration": "calibration",
     "calibrate": "calibration",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -51,8 +51,29 @@ class Batch:
     choice: Choice | None
 
 
-def generate_many(asked: Request, prompts: Path, folder: Path) -> None:
+@dataclass(frozen=True)
+class Job:
+    """One file of a run: its prompt, its seed, and its name without suffix."""
+
+    prompt: str
+    seed: int
+    name: str
+
+
+def jobs_of(prompts: Path, seed: int) -> list[Job]:
+    """A job for each line of a file; prompt i has the seed ``seed`` + i."""
+    texts = read_prompts("--prompts", prompts)
+    named = zip(texts, names(texts), strict=True)
+    return [Job(text, seed + i, name) for i, (text, name) in enumerate(named)]
+
+
+def generate_many(asked: Request, jobs: Callable[[], Sequence[Job]], index: Path | None = None) -> None:
     """Check, load, make and write each, tell.
+
+    Args:
+        asked: What all have in common; ``output`` is the folder they go to.
+        jobs: Reads what is to be made.
+        index: Gets the manifests of all files that are there in the end, by the files' names.
 
     Raises:
         ValueError: Something asked cannot be, told by the first process before weights are loaded; or some
@@ -69,7 +90,7 @@ def generate_many(asked: Request, prompts: Path, folder: Path) -> None:
         problem: str | None = None
         if state.is_main_process:
             try:
-                batch = _planned(_placed(asked, state), prompts, folder)
+                batch = _planned(_placed(asked, state), jobs, index)
                 todo = [i for i, one in enumerate(batch.requests) if not _is_made(one, batch)]
             except ValueError as error:
                 problem = flat(error)
@@ -77,11 +98,11 @@ def generate_many(asked: Request, prompts: Path, folder: Path) -> None:
         todo, problem = broadcast_object_list([todo, problem])
         _stop_at(problem, state)
         if not state.is_main_process:
-            batch = _planned(_placed(asked, state), prompts, folder)
+            batch = _planned(_placed(asked, state), jobs, index)
         mine = [batch.requests[i] for i in todo[state.process_index :: state.num_processes]]
         failures = gather_object(_made(mine, batch))
         if state.is_main_process:
-            _write_index(folder, batch, made=len(todo) - len(failures))
+            _write_index(index, batch, made=len(todo) - len(failures))
         _stop_at(f"{len(failures)} of {len(todo)} failed: {'; '.join(failures)}" if failures else None, state)
     finally:
         state.destroy_process_group()
@@ -102,7 +123,7 @@ def _placed(asked: Request, state: Any) -> Request:
     return replace(asked, device=str(state.device))
 
 
-def _planned(asked: Request, prompts: Path, folder: Path) -> Batch:
+def _planned(asked: Request, jobs: Callable[[], Sequence[Job]], index: Path | None) -> Batch:
     """Everything that can be checked before weights are loaded."""
     from dit_sparse.pipelines.load import find
     from dit_sparse.video import check_writable
@@ -112,14 +133,18 @@ def _planned(asked: Request, prompts: Path, folder: Path) -> Batch:
     for name in ("prompt", "report", "compare_dense"):
         if getattr(asked, name):
             raise ValueError(f"{flag_of(name)} is for one prompt, got --prompts too")
-    texts = read_prompts("--prompts", prompts)
+    todo = jobs()
     source = find(asked.model)
-    check_writable("--output-dir", folder / "manifest.json")
+    if index is not None:
+        check_writable("--output-dir", index)
     video = makes_video(asked, source)
     suffix = ".mp4" if video else ".png"
     requests = [
-        completed(replace(asked, prompt=text, seed=asked.seed + i, output=folder / f"{name}{suffix}"), video)
-        for i, (name, text) in enumerate(zip(names(texts), texts, strict=True))
+        completed(
+            replace(asked, prompt=job.prompt, seed=job.seed, output=asked.output / f"{job.name}{suffix}"),
+            video,
+        )
+        for job in todo
     ]
     settings = settings_of(asked, source)
     choice = None if asked.is_stock else choice_of(requests[0], source, settings)
@@ -196,13 +221,15 @@ def _made(requests: Sequence[Request], batch: Batch) -> list[str]:
     return failures
 
 
-def _write_index(folder: Path, batch: Batch, made: int) -> None:
-    """``manifest.json``: the manifests of all files that are there, by the files' names."""
+def _write_index(index: Path | None, batch: Batch, made: int) -> None:
+    """The manifests of all files that are there, by the files' names."""
     from dit_sparse.video import staged
 
     there = [one for one in batch.requests if one.output.exists() and one.manifest.exists()]
-    files = {one.output.name: json.loads(one.manifest.read_text()) for one in there}
-    with staged() as stage:
-        index = {"format": 1, "prompts": len(batch.requests), "files": files}
-        stage(folder / "manifest.json").write_text(json.dumps(index, indent=1) + "\n")
-    print(f"{folder / 'manifest.json'}  {len(there)} of {len(batch.requests)} prompts, {made} made now")
+    if index is not None:
+        files = {one.output.name: json.loads(one.manifest.read_text()) for one in there}
+        whole = {"format": 1, "prompts": len(batch.requests), "files": files}
+        with staged() as stage:
+            stage(index).write_text(json.dumps(whole, indent=1) + "\n")
+    where = batch.requests[0].output.parent if index is None else index
+    print(f"{where}  {len(there)} of {len(batch.requests)} prompts, {made} made now")

@@ -278,7 +278,7 @@ class CalibratedProcessor(SparseProcessor):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Observer(SparseProcessor):
+class Observer(SparseProcessor):
     """Runs dense and shows every call to a search."""
 
     reads: ClassVar[frozenset[str]] = frozenset({"layout"})
@@ -324,7 +324,7 @@ def calibrate(
     seeds = range(len(prompts)) if seeds is None else seeds
     if not prompts or len(seeds) != len(prompts):
         raise ValueError(f"expected prompts and as many seeds, got {len(prompts)} and {len(seeds)}")
-    observer = _Observer(search=method.search())
+    observer = Observer(search=method.search())
     schedule = replace(Schedule.parse(schedule), layers=(), refresh=())
     with torch.no_grad(), apply(pipe, observer, schedule=schedule) as session:
         session.full_plan_is_dense = False

@@ -193,7 +193,7 @@ class Report:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=140, color_system=None, force_terminal=False)
+        console = Console(width=140, color_system=None, force_terminal=False, force_jupyter=False)
         with console.capture() as capture:
             console.print(self)
         return capture.get().rstrip()

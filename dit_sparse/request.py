@@ -48,6 +48,7 @@ class Request:
     offload: str
     compile: bool = False
     output: Path
+    manifest_dir: Path | None = None
     compare_dense: bool = False
     report: Path | None = None
 
@@ -57,7 +58,8 @@ class Request:
 
     @property
     def manifest(self) -> Path:
-        return self.output.with_suffix(".json")
+        beside = self.output.with_suffix(".json")
+        return beside if self.manifest_dir is None else self.manifest_dir / beside.name
 
     @property
     def comparison(self) -> Path:
@@ -110,6 +112,11 @@ def check_flags(asked: Request) -> None:
             raise ValueError(f"--lora {lora} does not exist, and it is no Hub id (owner/name)")
 
 
+def with_method(asked: Request, video: bool) -> Request:
+    """The request with what ``auto`` means."""
+    return replace(asked, method=AUTO["videos" if video else "images"]) if asked.method == "auto" else asked
+
+
 def completed(asked: Request, video: bool) -> Request:
     """The request with what follows from the kind of model: the method, the suffix of the output.
 
@@ -119,8 +126,7 @@ def completed(asked: Request, video: bool) -> Request:
     from dit_sparse.video import check_writable
 
     suffix, what = (".mp4", "videos") if video else (".png", "images")
-    if asked.method == "auto":
-        asked = replace(asked, method=AUTO[what])
+    asked = with_method(asked, video)
     if not asked.output.suffix:
         asked = replace(asked, output=asked.output.with_suffix(suffix))
     if asked.output.suffix.lower() != suffix:
@@ -284,7 +290,7 @@ def choice_of(asked: Request, source: Source, settings: Mapping[str, Any]) -> Ch
     if presets is None and asked.preset is not None:
         raise ValueError(f"there are no presets for {asked.method} on {asked.model}; leave --preset out")
     preset = presets[asked.preset or "balanced"] if presets else None
-    parameters = _parameters(asked.param or ())
+    parameters = parameters_of(asked.param or ())
     if preset is not None and "calibration" not in parameters:  # which comes with parameters of its own
         parameters = {**preset.parameters, **parameters}
     cls = METHODS[asked.method]
@@ -313,7 +319,7 @@ def choice_of(asked: Request, source: Source, settings: Mapping[str, Any]) -> Ch
     return Choice(parameters, schedule, asked.preset or "balanced", preset.source)
 
 
-def _parameters(pairs: list[str] | tuple[()]) -> dict[str, Any]:
+def parameters_of(pairs: list[str] | tuple[()]) -> dict[str, Any]:
     """``["block=64", "variant=head"]`` as Python values."""
     found = {}
     for pair in pairs:

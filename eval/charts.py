@@ -20,7 +20,8 @@ COLOURS = ("#3b82d6", "#d9730d", "#2a9d6f", "#c0506f", "#8a6fd1", "#a08a1f", "#4
 _MARKS = "osD^vPX*"
 _NEAR = 10.0
 """The noise floor is drawn if it is at most so many dB above everything else."""
-_LABEL_GAP = 0.052
+_SIZE = (5.2, 3.7)
+_LABEL_GAP = 0.06
 """Of the height of the axes, between the names beside them."""
 
 
@@ -65,6 +66,7 @@ def scatter(result: Comparison) -> str:
     """Speed-up against PSNR, with intervals where there are any, the Pareto front and the noise floor."""
     rows = [row for row in result.rows if row.kind == "method" and not row.refused]
     rows = [row for row in rows if row.summary["psnr"]["mean"] is not None]
+    floor = next(row for row in result.rows if row.kind == "floor")
     best = front(rows)
 
     def draw(axes: Axes) -> None:
@@ -78,11 +80,12 @@ def scatter(result: Comparison) -> str:
             axes.errorbar(
                 x, y, yerr=along, xerr=across, color=colour, marker=mark, ms=7, lw=1, alpha=0.9, zorder=2
             )
-        axes.axvline(1, color=_INK, lw=0.8, ls=":", alpha=0.6)
+        axes.axvline(1, color=_INK, lw=0.9, ls=":", alpha=0.7)
+        axes.axvline(floor.summary["speed_up"]["median"], color=_INK, lw=0.9, ls="--", alpha=0.7)
         axes.set_xlabel("speed-up over dense, end to end")
         axes.set_ylabel("PSNR to dense, dB")
         _pad(axes)
-        named = [(row.label, *_place(row), look[row.label][0]) for row in rows]
+        named = [(row.label, *_place(row), *look[row.label]) for row in rows]
         _names_beside(axes, named)
 
     if not rows:
@@ -90,14 +93,17 @@ def scatter(result: Comparison) -> str:
     points = "; ".join(f"{row.label} {_place(row)[0]:.2f} times, {_place(row)[1]:.2f} dB" for row in rows)
     return _svg(
         draw,
-        (6.4, 4.0),
+        _SIZE,
         "Speed and quality",
-        f"{points}. Pareto front: {', '.join(row.label for row in best)}. Noise floor: {noise_floor(result)}.",
+        f"{points}. Pareto front: {', '.join(row.label for row in best)}. "
+        f"Dense by the same kernels: {_place(floor)[0]:.2f} times, {noise_floor(result)}.",
     )
 
 
 def curves(result: Comparison, prompt: int) -> str:
     """PSNR of each frame of one prompt's videos; frames identical to the dense ones are gaps."""
+    from matplotlib.ticker import MaxNLocator
+
     rows = [row for row in result.rows if row.kind != "dense" and not row.refused]
     if len(rows[0].clips[prompt].per_frame["psnr"]) < 2:
         return ""
@@ -124,9 +130,10 @@ def curves(result: Comparison, prompt: int) -> str:
                 markevery=max(1, len(values) // 6),
                 ms=4,
             )
-            named.append((row.label, len(values) - 1, _known(row, prompt)[-1], colour))
+            end = max(i for i, value in enumerate(values) if not math.isnan(value))
+            named.append((row.label, end, values[end], colour, mark))
         axes.set_xlabel("frame")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("PSNR to dense, dB")
         _pad(axes)
         _names_beside(axes, named)
@@ -136,7 +143,7 @@ def curves(result: Comparison, prompt: int) -> str:
         for row in rows
         for mean in [row.clips[prompt].quality["psnr"]]
     ]
-    return _svg(draw, (6.4, 4.0), f"PSNR frame by frame, prompt {prompt + 1}", "; ".join(means) + ".")
+    return _svg(draw, _SIZE, f"PSNR frame by frame, prompt {prompt + 1}", "; ".join(means) + ".")
 
 
 def _known(row: Row, prompt: int) -> list[float]:
@@ -150,12 +157,15 @@ def _pad(axes: Axes) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _names_beside(axes: Axes, points: Sequence[tuple[str, float, float, str]]) -> None:
-    """Names right of the axes at the heights of their points, moved apart, with a line to each point."""
+def _names_beside(axes: Axes, points: Sequence[tuple[str, float, float, str, str]]) -> None:
+    """Names right of the axes at the heights of their points, moved apart, with a line to each point.
+
+    Points are name, x, y, colour and mark.
+    """
     if not points:
         return
     low, high = axes.get_ylim()
-    heights = [(y - low) / (high - low) for _, _, y, _ in points]
+    heights = [(y - low) / (high - low) for _, _, y, _, _ in points]
     order = sorted(range(len(points)), key=lambda i: heights[i])
     gap = min(_LABEL_GAP, 1 / len(points))
     places: dict[int, float] = {}
@@ -166,17 +176,26 @@ def _names_beside(axes: Axes, points: Sequence[tuple[str, float, float, str]]) -
     for i in reversed(order):
         places[i] = min(places[i], top)
         top = places[i] - gap
-    for i, (label, x, y, colour) in enumerate(points):
+    for i, (label, x, y, colour, mark) in enumerate(points):
+        beside: Any = {"transform": axes.transAxes, "clip_on": False}
+        axes.plot([1.045], [places[i]], color=colour, marker=mark or "_", ms=5, ls="", **beside)
         axes.annotate(
             _plain(label),
             xy=(x, y),
-            xytext=(1.04, places[i]),
+            xytext=(1.075, places[i]),
             textcoords="axes fraction",
             va="center",
             fontsize=9,
-            color=colour,
+            color=_INK,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.35, "lw": 0.7, "shrinkB": 4},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "alpha": 0.5,
+                "lw": 0.7,
+                "shrinkA": 12,
+                "shrinkB": 4,
+            },
         )
 
 
@@ -203,7 +222,12 @@ def _svg(draw: Callable[[Axes], None], size: tuple[float, float], title: str, ab
     with matplotlib.rc_context(settings):
         figure: Figure = Figure(figsize=size, layout="constrained")
         draw(figure.add_subplot())
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(
+            stream,
+            format="svg",
+            transparent=True,
+            metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
+        )
     text = stream.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
     head, rest = text.split(">", 1)

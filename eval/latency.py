@@ -1,10 +1,14 @@
-"""What attaching costs by itself: the transformer with an all-kept plan against the stock one.
+"""Seconds and memory of whole generations, dense and sparse in turn: ``dit-sparse bench generate``.
+
+    dit-sparse bench generate --method radial --rounds 5
+
+The stock model runs twice in every round: how much its two times differ is how much any ratio here wobbles.
 
     python -m dit_sparse.eval.latency --pairs 20
 
-times alternating forward passes of the bundled model in one process and prints the median ratio and its
-spread, once with the shortcut that leaves an all-kept plan to the model's own call and once with every block
-computed by the block-sparse kernels.
+times what attaching costs by itself, the transformer with an all-kept plan against the stock one: once with
+the shortcut that leaves such a plan to the model's own call and once with every block computed by the
+block-sparse kernels.
 
     python -m dit_sparse.eval.latency --search 4096
 
@@ -17,9 +21,160 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dit_sparse.request import Request
+
+DENSE, AGAIN = "dense", "dense again"
+
+
+def measure(asked: Request, rounds: int) -> dict[str, Any]:
+    """Check, load, warm up, and run dense, dense again and the method in turn; in the next round in reverse.
+
+    Args:
+        asked: As for ``dit-sparse generate``; ``output`` is not looked at.
+
+    Returns:
+        What ``--output`` writes: what was measured on what, and every sample. ``seconds`` has the parts that
+        ``Stopwatch`` names and ``total``; ``attention`` and ``planning`` within it are part of
+        ``transformer``, and missing where a compiled graph leaves no room for a timer.
+
+    Raises:
+        ValueError: Something asked cannot be, told before weights are loaded.
+    """
+    from dit_sparse.generate import (
+        EXAMPLE,
+        attached,
+        call_of,
+        device_of_run,
+        identity,
+        left_alone,
+        placed_pipeline,
+        removed,
+        say,
+        timed_run,
+        versions,
+        warm_up,
+    )
+    from dit_sparse.kernels import bench
+    from dit_sparse.pipelines.load import TINY, find
+    from dit_sparse.request import check_flags, choice_of, completed, device_of, makes_video, settings_of
+    from dit_sparse.stopwatch import PeakMemory
+
+    if rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {rounds}")
+    check_flags(asked)
+    device = device_of(asked)
+    source = find(asked.model)
+    asked = completed(asked, makes_video(asked, source))
+    if asked.is_stock:
+        raise ValueError(f"--method {asked.method}: dense is timed beside every method; which one?")
+    if asked.prompt is None and asked.model != TINY:
+        raise ValueError(f"--prompt is missing: what should {asked.model} show?")
+    settings = settings_of(asked, source)
+    choice = choice_of(asked, source, settings)
+    pipe = placed_pipeline(asked, source, device, settings)
+    call = call_of(asked, source, settings)
+    attach = {
+        DENSE: partial(left_alone, pipe),
+        AGAIN: partial(left_alone, pipe),
+        asked.method: partial(attached, pipe, asked, choice, choice.schedule),
+    }
+    rows: dict[str, dict[str, Any]] = {name: {"seconds": {}, "peak_memory_mib": []} for name in attach}
+    say("one untimed step of each")
+    for name in (DENSE, asked.method):
+        with removed(attach[name]()):
+            warm_up(pipe, call, asked.seed)
+    for i in range(rounds):
+        for name in list(rows) if i % 2 == 0 else reversed(rows):
+            row = rows[name]
+            with removed(attach[name]()) as session, PeakMemory(device) as memory:
+                run = timed_run(pipe, call, asked, session, f"{name}, round {i + 1}")
+            for part, taken in {**run.seconds, **run.inside}.items():
+                row["seconds"].setdefault(part, []).append(taken)
+            row["peak_memory_mib"].append(memory.peak_mib)
+            report = session.report()
+            row["density"] = {"full_run": report.density, "sparse_calls": report.sparse_density}
+            row["backend"] = report.about["backend"]
+    prompt = EXAMPLE if asked.prompt is None else asked.prompt
+    return {
+        "format": 1,
+        "versions": versions(),
+        **identity(asked, source, settings, choice),
+        "prompt": prompt,
+        "device": {**device_of_run(asked, pipe), **bench.identity(device.partition(":")[0])},
+        "dense_attention": dense_backend(pipe),
+        "rounds": rounds,
+        "rows": rows,
+        "speed_up": {name: spread(ratios(rows[DENSE], row)) for name, row in rows.items() if name != DENSE},
+    }
+
+
+def dense_backend(pipe: Any) -> str:
+    """The attention backend of diffusers that the stock model uses."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    return str(_AttentionBackendRegistry.get_active_backend()[0].value)
+
+
+def ratios(dense: Mapping[str, Any], row: Mapping[str, Any]) -> list[float]:
+    """Dense seconds over a row's, round by round."""
+    pairs = zip(dense["seconds"]["total"], row["seconds"]["total"], strict=True)
+    return [theirs / ours for theirs, ours in pairs]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, the 20th and 80th percentile between samples, and the extremes."""
+    import numpy as np
+
+    low, p20, mid, p80, high = (float(x) for x in np.quantile(values, (0, 0.2, 0.5, 0.8, 1)))
+    return {"median": mid, "p20": p20, "p80": p80, "low": low, "high": high}
+
+
+def rows_of(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and lines for a terminal: parts of a run down, settings across."""
+    rows = result["rows"]
+    parts = dict.fromkeys(part for row in rows.values() for part in row["seconds"])
+    within = [part for part in ("attention", "planning") if part in parts]
+    alone = [part for part in parts if part not in ("total", *within)]
+    named = {part: part.replace("_", " ") for part in ("total", *alone)}
+    if within:
+        at = list(named).index("transformer") + 1
+        inner = {"attention": "  self-attention", "planning": "    of it planning"}
+        items = list(named.items())
+        named = dict(items[:at] + list(inner.items()) + items[at:])
+    lines = [
+        (f"{name}, s", *(_cell(row["seconds"].get(part)) for row in rows.values()))
+        for part, name in named.items()
+    ]
+    rest = {
+        name: [
+            total - sum(row["seconds"][part][i] for part in alone if part in row["seconds"])
+            for i, total in enumerate(row["seconds"]["total"])
+        ]
+        for name, row in rows.items()
+    }
+    lines.append(("rest, s", *(_cell(values) for values in rest.values())))
+    lines.append(("speed-up", "", *(_cell_of(found) for found in result["speed_up"].values())))
+    densities = (row["density"] for row in rows.values())
+    lines.append(("density", *(f"{d['full_run']:.3f}, sparse {d['sparse_calls']:.3f}" for d in densities)))
+    peaks = ([m for m in row["peak_memory_mib"] if m is not None] for row in rows.values())
+    lines.append(("peak memory, MiB", *(f"{max(known):.0f}" if known else "not known" for known in peaks)))
+    return ("median (20-80 %)", *rows), lines
+
+
+def _cell(values: Sequence[float] | None) -> str:
+    return "" if values is None else _cell_of(spread(values), alone=len(values) == 1)
+
+
+def _cell_of(found: Mapping[str, float], alone: bool = False) -> str:
+    text = f"{found['median']:.2f}"
+    return (
+        text if alone or found["low"] == found["high"] else f"{text} ({found['p20']:.2f}-{found['p80']:.2f})"
+    )
 
 
 def alternate(first: Callable[[], Any], second: Callable[[], Any], pairs: int) -> list[float]:

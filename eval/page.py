@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_sparse.eval import charts
+from dit_sparse.eval.compare import ERROR_GAIN
 from dit_sparse.eval.comparison import Cell, Comparison, Row
 from dit_sparse.eval.fidelity_files import cell as quality_cell
 from dit_sparse.report import runs
@@ -40,6 +41,8 @@ def render(result: Comparison, folder: Path) -> str:
         names=[name for name in ("psnr", "ssim", "lpips", "attributes") if name in shown[0].summary],
         cell=quality_cell,
         speed=_speed,
+        facts=_facts(result),
+        error_top=f"{1 / ERROR_GAIN:.0%}",
         reasons=[(row, _reasons(row.cells)) for row in shown if row.kind == "method"],
         is_image="fps" not in result.settings,
         floor=charts.noise_floor(result),
@@ -50,6 +53,25 @@ def render(result: Comparison, folder: Path) -> str:
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def _facts(result: Comparison) -> list[str]:
+    """The run in a line; what the pipeline chose by itself is not known."""
+    asked = {name: value for name, value in result.settings.items() if value is not None}
+    found = []
+    for name, text in (
+        ("height", "{} pixels high"),
+        ("width", "{} wide"),
+        ("num_frames", "{} frames"),
+        ("num_inference_steps", "{} steps"),
+        ("guidance_scale", "guidance {}"),
+    ):
+        if name in asked:
+            found.append(text.format(asked[name]))
+    found.append(result.device["name"])
+    if "dtype" in result.device:
+        found.append(result.device["dtype"])
+    return found
 
 
 def _speed(row: Row) -> str:
@@ -101,7 +123,8 @@ def _caption(quality: dict[str, float | None]) -> str:
 def _grids(cells: Iterable[Cell]) -> list[dict[str, Any]]:
     """Layer by step, for each transformer and branch: as indices into what was done, and densities.
 
-    ``cells[layer][step]`` is None where the layer was not called, else [treatment, density, heads].
+    ``cells[layer][step]`` is None where the layer was not called, else [treatment, density, which of
+    ``shares``]; these are the densities of the heads in thousandths, since a real model has millions.
     """
     grids = []
 
@@ -115,14 +138,17 @@ def _grids(cells: Iterable[Cell]) -> list[dict[str, Any]]:
         steps = 1 + max(c.step or 0 for c in here)
         table: list[list[Any]] = [[None] * steps for _ in layers]
         rows = {layer: i for i, layer in enumerate(layers)}
+        shares: dict[tuple[int, ...], int] = {}
         for c in here:
             treatment = treatments.index((c.phase, c.reason, c.backend))
-            table[rows[c.layer, c.name]][c.step or 0] = [treatment, round(c.density, 3), c.heads]
+            which = shares.setdefault(tuple(round(1000 * share) for share in c.heads), len(shares))
+            table[rows[c.layer, c.name]][c.step or 0] = [treatment, round(c.density, 3), which]
         grids.append(
             {
                 "model": model,
                 "branch": branch,
-                "layers": [name for _, name in layers],
+                "layers": layers,
+                "shares": list(shares),
                 "treatments": treatments,
                 "cells": table,
             }
@@ -137,6 +163,8 @@ def _reasons(cells: Iterable[Cell]) -> list[dict[str, Any]]:
         return cell.phase == "dense", cell.model, cell.phase, cell.reason, cell.backend
 
     found = []
+    cells = list(cells)
+    every = sum(c.calls for c in cells)
     for (_, model, phase, reason, backend), group in groupby(sorted(cells, key=treatment), key=treatment):
         here = list(group)
         found.append(
@@ -146,6 +174,7 @@ def _reasons(cells: Iterable[Cell]) -> list[dict[str, Any]]:
                 "reason": reason,
                 "backend": backend,
                 "calls": sum(c.calls for c in here),
+                "share": sum(c.calls for c in here) / every,
                 "steps": runs(c.step for c in here),
                 "layers": runs(c.layer for c in here),
                 "density": sum(c.density * c.calls for c in here) / sum(c.calls for c in here),

@@ -179,61 +179,85 @@ function colour(density) {
   const i = Math.floor(at);
   return `rgb(${stops[i].map((v, c) => Math.round(v + (stops[i + 1][c] - v) * (at - i))).join(" ")})`;
 }
+const numbersWide = 44;
+const numbersHigh = 36;
+const above = 6;
 function sizes() {
   const { cells } = grid();
   const steps = cells[0].length;
-  const width = Math.min(canvas.parentElement.clientWidth, Math.max(steps * 22, 200));
-  return { steps, layers: cells.length, w: width / steps, h: Math.max(8, Math.min(22, 480 / cells.length)) };
+  const whole = canvas.closest(".heat").clientWidth;
+  const room = (whole > 640 ? whole - 300 : whole) - numbersWide;
+  const w = Math.min(room / steps, 36);
+  return { steps, layers: cells.length, w, h: Math.max(8, Math.min(w, 24, 480 / cells.length)) };
+}
+function hatched(pen) {
+  const tile = document.createElement("canvas");
+  tile.width = tile.height = 6;
+  const small = tile.getContext("2d");
+  small.fillStyle = "#a9adb3";
+  small.fillRect(0, 0, 6, 6);
+  small.strokeStyle = "#7d828a";
+  small.beginPath();
+  for (const d of [-6, 0, 6]) { small.moveTo(d - 1, 7); small.lineTo(d + 7, -1); }
+  small.stroke();
+  return pen.createPattern(tile, "repeat");
+}
+function ticks(pen, { steps, layers, w, h }) {
+  const [across, down] = [Math.ceil(24 / w), Math.ceil(16 / h)];
+  pen.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--soft");
+  pen.font = "12px system-ui, sans-serif";
+  pen.textBaseline = "middle";
+  pen.textAlign = "right";
+  for (let i = 0; i < layers; i += down) pen.fillText(grid().layers[i][0], -6, (i + 0.5) * h);
+  pen.textAlign = "center";
+  for (let i = 0; i < steps; i += across) pen.fillText(i, (i + 0.5) * w, layers * h + 11);
+  pen.fillText("step", (steps * w) / 2, layers * h + 28);
+  pen.save();
+  pen.translate(8 - numbersWide, (layers * h) / 2);
+  pen.rotate(-Math.PI / 2);
+  pen.fillText("layer", 0, 0);
+  pen.restore();
 }
 function draw() {
   if (!grid()) return;
   const { steps, layers, w, h } = sizes();
   const scale = window.devicePixelRatio || 1;
-  canvas.style.width = `${steps * w}px`;
-  canvas.style.height = `${layers * h}px`;
-  canvas.width = Math.round(steps * w * scale);
-  canvas.height = Math.round(layers * h * scale);
+  const [wide, high] = [numbersWide + steps * w, above + layers * h + numbersHigh];
+  canvas.style.width = `${wide}px`;
+  canvas.style.height = `${high}px`;
+  canvas.width = Math.round(wide * scale);
+  canvas.height = Math.round(high * scale);
   const pen = canvas.getContext("2d");
   pen.scale(scale, scale);
+  pen.translate(numbersWide, above);
+  const hatch = hatched(pen);
   const gap = w > 5 && h > 5 ? 1 : 0;
   grid().cells.forEach((line, layer) => line.forEach((cell, step) => {
     if (!cell) return;
-    const [x, y] = [step * w, layer * h];
-    const dense = grid().treatments[cell[0]][0] === "dense";
-    pen.fillStyle = dense ? "#a9adb3" : colour(cell[1]);
-    pen.fillRect(x, y, w - gap, h - gap);
-    if (!dense) return;
-    pen.save();
-    pen.beginPath();
-    pen.rect(x, y, w - gap, h - gap);
-    pen.clip();
-    pen.strokeStyle = "#8b9097";
-    pen.lineWidth = 1.5;
-    pen.beginPath();
-    for (let d = -h; d < w; d += 5) { pen.moveTo(x + d, y + h); pen.lineTo(x + d + h, y); }
-    pen.stroke();
-    pen.restore();
+    pen.fillStyle = grid().treatments[cell[0]][0] === "dense" ? hatch : colour(cell[1]);
+    pen.fillRect(step * w, layer * h, w - gap, h - gap);
   }));
+  ticks(pen, { steps, layers, w, h });
   for (const [place, width] of [[chosen, 3], [spot, 1.5]]) {
     if (!place) continue;
     pen.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--accent");
     pen.lineWidth = width;
-    pen.strokeRect(place.step * w + 1, place.layer * h + 1, w - 2, h - 2);
+    pen.strokeRect(place.step * w, place.layer * h, w - gap, h - gap);
   }
 }
 function describe(place) {
   const cell = grid().cells[place.layer][place.step];
-  const name = grid().layers[place.layer];
-  if (!cell) return `Step ${place.step}, layer ${place.layer} (${name}): not called.`;
+  const [layer, name] = grid().layers[place.layer];
+  if (!cell) return `Step ${place.step}, layer ${layer} (${name}): not called.`;
   const [phase, reason, backend] = grid().treatments[cell[0]];
   const why = phase === "dense" ? `left dense, ${reason}` : `${phase} by ${backend}, density ${cell[1].toFixed(3)}`;
-  return `Step ${place.step}, layer ${place.layer} (${name}): ${why}.`;
+  return `Step ${place.step}, layer ${layer} (${name}): ${why}.`;
 }
 function choose(place) {
   chosen = place;
   by("heat-text").textContent = describe(place);
   const cell = grid().cells[place.layer][place.step];
-  const shares = cell ? cell[2] : [];
+  const shares = cell ? grid().shares[cell[2]].map((share) => share / 1000) : [];
   by("heads").replaceChildren(...shares.map((share, head) => {
     const line = document.createElement("div");
     const bar = document.createElement("span");
@@ -248,13 +272,18 @@ function choose(place) {
     line.append(label, bar, value);
     return line;
   }));
+  const layer = String(grid().layers[place.layer][0]);
+  if ([...by("mask-layer").options].some((option) => option.value === layer)) {
+    by("mask-layer").value = layer;
+    showMasks();
+  }
   draw();
 }
 function placeOf(event) {
   const { steps, layers, w, h } = sizes();
   const box = canvas.getBoundingClientRect();
   const clamp = (v, n) => Math.max(0, Math.min(n - 1, Math.floor(v)));
-  return { step: clamp((event.clientX - box.left) / w, steps), layer: clamp((event.clientY - box.top) / h, layers) };
+  return { step: clamp((event.clientX - box.left - numbersWide) / w, steps), layer: clamp((event.clientY - box.top - above) / h, layers) };
 }
 canvas.addEventListener("mousemove", (event) => {
   spot = placeOf(event);
@@ -298,6 +327,8 @@ function showMasks() {
     figure.append(image, caption);
     return figure;
   }));
+  const taken = masksHere().find((mask) => mask.layer === layer);
+  by("mask-step").textContent = taken && taken.step !== null ? `Taken at step ${taken.step}.` : "";
   if (!by("masks").children.length) by("masks").textContent = "No call of this layer was computed by blocks at the step that is shown.";
 }
 function showGrid() {
@@ -318,6 +349,7 @@ by("where-row").addEventListener("change", showRow);
 by("where-grid").addEventListener("change", showGrid);
 by("mask-layer").addEventListener("change", showMasks);
 window.addEventListener("resize", draw);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 showRow();
 
 by("copy").addEventListener("click", async () => {

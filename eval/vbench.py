@@ -9,7 +9,8 @@ five groups, and the groups. A total of a part of the dimensions is none, and is
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -136,6 +137,127 @@ def read_results(path: Path) -> dict[str, float]:
         return {name: float(entry[0]) for name, entry in found.items()}
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{path} is no result of VBench: {error}") from None
+
+
+def read_videos(path: Path) -> dict[str, dict[str, float]]:
+    """Dimension -> file name -> score, in the units of the means, of a file that :func:`read_results` reads.
+
+    Dimensions whose means are not those of their videos are left out: they have no score of a video.
+    """
+    means, found = read_results(path), {}
+    for dimension, entry in json.loads(path.read_text()).items():
+        try:
+            scores = {Path(v["video_path"]).name: float(v["video_results"]) for v in entry[1]}
+        except (TypeError, ValueError, LookupError):
+            continue
+        mean = fmean(scores.values()) if scores else math.nan
+        # Imaging quality has its videos in percent.
+        unit = next(
+            (unit for unit in (1, 100) if math.isclose(mean, unit * means[dimension], rel_tol=1e-6)), 0
+        )
+        if unit:
+            found[dimension] = {name: score / unit for name, score in scores.items()}
+    return found
+
+
+def read_folder(folder: Path) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """(means, videos) of all results in a folder, as :func:`read_results` and :func:`read_videos`.
+
+    Raises:
+        ValueError: It has none, or two of one dimension that differ.
+    """
+    files = sorted(folder.glob("*_eval_results.json")) if folder.is_dir() else [folder]
+    if not files:
+        raise ValueError(f"{folder} has no *_eval_results.json")
+    means: dict[str, float] = {}
+    videos: dict[str, dict[str, float]] = {}
+    for file in files:
+        for name, mean in read_results(file).items():
+            key = name.strip().lower().replace(" ", "_")
+            if means.setdefault(key, mean) != mean:
+                raise ValueError(f"{folder} has two results of {key}, {means[key]:g} and {mean:g}")
+        videos |= read_videos(file)
+    return means, videos
+
+
+def score(folders: Sequence[Path], *, floor: Path | None = None, version: int = 1) -> dict[str, Any]:
+    """Dimensions and totals of folders of results, and their differences from the first.
+
+    Args:
+        folders: Dense first. ``floor`` is dense again, by another backend or dtype.
+        version: 1 for VBench, 2 for VBench-2.0.
+
+    Returns:
+        ``rows``: label -> ``dimensions``, ``totals`` (None where a dimension is missing) and, but for the
+        first, ``minus_first``: dimension -> mean difference, and where videos have the same names and scores
+        of their own, its paired bootstrap 95 % interval.
+    """
+    from dit_sparse.eval.fidelity_files import interval
+
+    if version not in (1, 2):
+        raise ValueError(f"--version must be 1 or 2, got {version}")
+    labelled = [(str(folder), folder) for folder in folders]
+    if floor is not None:
+        labelled.append(("noise floor", floor))
+    rows: dict[str, dict[str, Any]] = {}
+    first: tuple[dict[str, float], dict[str, dict[str, float]]] | None = None
+    for label, folder in labelled:
+        means, videos = read_folder(folder)
+        total = totals(means) if version == 1 else totals_2(means)
+        rows[label] = {"dimensions": means, "totals": total}
+        if first is None:
+            first = means, videos
+            continue
+        differences = {}
+        for name in (name for name in first[0] if name in means):
+            shared = sorted(set(videos.get(name, ())) & set(first[1].get(name, ())))
+            found = interval([videos[name][v] for v in shared], [first[1][name][v] for v in shared])
+            mean = means[name] - first[0][name]
+            differences[name] = {"mean": mean, "interval": found["interval"], "videos": len(shared)}
+        rows[label]["minus_first"] = differences
+    return {"format": 1, "version": version, "rows": rows}
+
+
+def rows_of(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and lines for a terminal, in percent: dimensions down, folders across."""
+    rows = result["rows"]
+    lines = [
+        (name, *(_shown(row, name) for row in rows.values()))
+        for name in dict.fromkeys(name for row in rows.values() for name in row["dimensions"])
+    ]
+    for name in next(iter(rows.values()))["totals"]:
+        values = (row["totals"][name] for row in rows.values())
+        lines.append((name.upper(), *("not complete" if v is None else f"{100 * v:.2f}" for v in values)))
+    return ("%", *rows), lines
+
+
+def _shown(row: Mapping[str, Any], name: str) -> str:
+    if name not in row["dimensions"]:
+        return "-"
+    text = f"{100 * row['dimensions'][name]:.2f}"
+    difference = row.get("minus_first", {}).get(name)
+    if difference is not None:
+        text += f" ({100 * difference['mean']:+.2f}"
+        if difference["interval"] is not None:
+            low, high = difference["interval"]
+            text += f", {100 * low:+.2f} to {100 * high:+.2f}"
+        text += ")"
+    return text
+
+
+def flickering(videos: Path) -> dict[str, Any]:
+    """:func:`temporal_flickering` of the .mp4 of a folder, as VBench writes results.
+
+    Raises:
+        ValueError: There are none, or one cannot be read.
+    """
+    from dit_sparse.video import read_video
+
+    files = sorted(videos.glob("*.mp4")) if videos.is_dir() else []
+    if not files:
+        raise ValueError(f"{videos} is no folder with .mp4 in it")
+    found = [{"video_path": str(f), "video_results": temporal_flickering(read_video(f))} for f in files]
+    return {"temporal_flickering": [fmean(one["video_results"] for one in found), found]}  # type: ignore[misc]
 
 
 def temporal_flickering(frames: Tensor) -> float:

@@ -392,6 +392,18 @@ def test_import_is_lazy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_method_of_ones_own_needs_no_other_import_for_the_seam() -> None:
+    code = (
+        "from dit_sparse import SparseProcessor\n"
+        "from diffusers.models.attention import AttentionMixin\n"
+        "class Own(SparseProcessor): pass\n"
+        "try: AttentionMixin().set_attn_processor(Own())\n"
+        "except ValueError as refused: assert 'AttentionMixin' in str(refused), refused\n"
+        "else: raise AssertionError('the stock function took a method')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_triton_peft_and_torchmetrics_are_optional() -> None:
     code = (
         "import sys\n"

@@ -9,8 +9,25 @@ from typing import Annotated
 
 import typer
 
-from dit_sparse.commands.terminal import plainly, table
+from dit_sparse.commands.terminal import (
+    Device,
+    Dtype,
+    FlowShift,
+    GuidanceScale,
+    Height,
+    Image,
+    Model,
+    NumFrames,
+    Offload,
+    Param,
+    Preset,
+    Steps,
+    Width,
+    plainly,
+    table,
+)
 from dit_sparse.generate import say
+from dit_sparse.request import Request
 
 app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 
@@ -94,3 +111,71 @@ def kernels(
                 if output is not None:
                     with staged() as stage, stage(output).open("w") as file:
                         bench.write_csv(file, rows)
+
+
+@app.command()
+def generate(
+    model: Model = "tiny-wan",
+    prompt: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
+    image: Image = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="LoRA: a file, folder or Hub id; may be given again.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="Sparse method, or auto: radial for videos, draft for images.")
+    ] = "auto",
+    density: Annotated[
+        float | None,
+        typer.Option(help="Share of the token pairs that sparse calls compute, in (0, 1]."),
+    ] = None,
+    preset: Preset = None,
+    schedule: Annotated[
+        str | None, typer.Option(help='When the method runs, e.g. "dense 0-25%; layers 0".')
+    ] = None,
+    param: Param = None,
+    backend: Annotated[str, typer.Option(help="auto, reference, cpu, gathered, flex or triton.")] = "auto",
+    height: Height = None,
+    width: Width = None,
+    num_frames: NumFrames = None,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    flow_shift: FlowShift = None,
+    seed: Annotated[int, typer.Option(help="The same for every run.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    offload: Offload = "none",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the repeated blocks.")] = False,
+    rounds: Annotated[int, typer.Option(help="Timed runs of each, in alternation.")] = 5,
+    output: Annotated[Path | None, typer.Option(help="A .json with every sample.")] = None,
+) -> None:
+    """Time whole generations, dense and sparse in turn in one process, part by part.
+
+    Dense runs twice in each round: the ratio of its two times is what ratios here wobble by.
+    """
+    asked = dict(locals())
+    for name in ("rounds", "output"):
+        del asked[name]
+    with plainly("stopped; nothing was written"):
+        import json
+
+        from dit_sparse.eval.latency import measure, rows_of
+        from dit_sparse.video import check_writable, staged
+
+        if output is not None:
+            if output.suffix.lower() != ".json":
+                raise ValueError(f"--output must end in .json, got {output}")
+            check_writable("--output", output)
+        result = measure(Request(**asked, output=Path("out")), rounds)
+        if output is not None:
+            with staged() as stage:
+                stage(output).write_text(json.dumps(result, indent=1) + "\n")
+        about = result["device"]
+        print(
+            f"{result['model']['asked']} on {about['device']}, {about['threads']} threads, {about['dtype']}, "
+            f"torch {about['torch']}, dit_sparse at {about['commit']}; dense by {result['dense_attention']}"
+        )
+        table(*rows_of(result))
+        if rounds == 1:
+            print("one run of each: no spread")
+        if compile:
+            print("under --compile self-attention and planning are not timed: a timer would break the graph")

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from dit_sparse.commands import vbench
 from dit_sparse.commands.terminal import plainly, table
 
 app = typer.Typer(help="Measure quality.", no_args_is_help=True)
+app.add_typer(vbench.app, name="vbench")
 
 
 @app.command()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dit_sparse.batch import generate_many
+from dit_sparse.batch import generate_many, jobs_of
 from dit_sparse.commands.terminal import (
     Device,
     Dtype,
@@ -100,7 +101,8 @@ def generate(
             raise ValueError("--prompts and --output-dir need each other")
         if output is not None:
             raise ValueError(f"--output {output} is for one prompt: many go to --output-dir")
-        generate_many(Request(**{**asked, "output": output_dir}), prompts, output_dir)
+        jobs = partial(jobs_of, prompts, seed)
+        generate_many(Request(**{**asked, "output": output_dir}), jobs, output_dir / "manifest.json")
 
 
 def calibrate(

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from dit_sparse.eval.charts import front
+from dit_sparse.eval.charts import curves, front, scatter
 from dit_sparse.eval.comparison import Cell, Clip, Comparison, Mask, Row
 from dit_sparse.eval.masks import _png
 from dit_sparse.eval.page import render
@@ -29,8 +29,44 @@ SCREENSHOTS = Path(__file__).parents[2] / "outputs/screenshots"
 HOSTILE = (
     "</script><script>document.title='pwned'</script><img src=x onerror=document.title='pwned'> & 'ä' $x_1$"
 )
+LOCAL = re.compile("(file|blob|data):")
 FRAMES, FPS = 24, 8
 PIXEL = _png(torch.zeros(1, 1, dtype=torch.uint8))
+
+
+CONTRASTS = r"""() => {
+    const channels = (c) => {
+        const v = c.match(/[\d.]+/g).map(Number);
+        return [...v.slice(0, 3).map((x) => (c.startsWith("color(") ? x : x / 255)), v.length > 3 ? v[3] : 1];
+    };
+    const light = (v) => {
+        const [r, g, b] = v.map((x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const paper = (e) => {
+        if (!e) return [1, 1, 1];
+        const over = channels(getComputedStyle(e).backgroundColor);
+        const a = over.pop();
+        return a === 1 ? over : paper(e.parentElement).map((under, i) => a * over[i] + (1 - a) * under);
+    };
+    const texts = [...document.body.querySelectorAll("*")].filter((e) =>
+        !e.closest("script, style, title, desc, metadata, [hidden]") &&
+        [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()));
+    return [[light(paper(document.body))], texts.map((e) => {
+        const style = getComputedStyle(e);
+        const ink = channels(e.namespaceURI.endsWith("svg") ? style.fill : style.color).slice(0, 3);
+        const [a, b] = [light(ink), light(paper(e))].sort((x, y) => y - x);
+        return [(a + 0.05) / (b + 0.05), e.textContent];
+    })];
+}"""
+"""The light of the page, and contrast (WCAG 2) with its text, of every element with text of its own."""
+OVERLAPS = """() => [...document.querySelectorAll(".chart:not([hidden]) svg")].flatMap((svg) => {
+    const all = [...svg.querySelectorAll("text")].map((e) => [e.textContent, e.getBoundingClientRect()]);
+    const beyond = (p, q) => p.left >= q.right || p.top + 2 >= q.bottom;
+    const apart = (p, q) => beyond(p, q) || beyond(q, p);
+    return all.flatMap(([a, p], i) => all.slice(i + 1).filter(([, q]) => !apart(p, q)).map(([b]) => [a, b]));
+})"""
+"""Pairs of texts in a chart that lie on each other."""
 
 
 def clip(folder: Path, label: str, name: str, decibels: float | None, frames: int, suffix: str) -> Clip:
@@ -151,6 +187,40 @@ def test_the_front_is_what_nothing_beats(folder: Path) -> None:
     assert [r.label for r in front([*rows, twin])] == ["draft-0.25", "radial-0.5", "twin"]
 
 
+def test_the_run_in_a_line(folder: Path) -> None:
+    result = made(folder)
+    result.settings |= {"num_inference_steps": 6, "guidance_scale": None}
+    found = re.findall("<span>(.*?)</span>", render(result, folder))
+    assert found[:5] == ["34 pixels high", "58 wide", f"{FRAMES} frames", "6 steps", "x86_64 CPU"]
+    del result.settings["height"], result.settings["width"]  # made by the pipeline from an image
+    assert f"<span>{FRAMES} frames</span>" in render(result, folder)
+
+
+def test_charts_of_little(folder: Path) -> None:
+    lone = made(folder)
+    lone.rows = lone.rows[:3]
+    for part in (lone.rows[2].summary["psnr"], lone.rows[2].summary["ssim"]):
+        part["interval"] = None
+    lone.rows[2].summary["speed_up"]["ratios"] = [1.5]
+    assert "radial-0.5 1.50 times, 30.00 dB. Pareto front: radial-0.5." in scatter(lone)
+    lone.rows[2].summary["psnr"]["mean"] = None  # nothing differs: no place among decibels
+    assert scatter(lone) == ""
+    lone.rows[2].clips[0].quality["psnr"] = None
+    lone.rows[2].clips[0].per_frame["psnr"] = [None] * FRAMES
+    assert "radial-0.5 identical" in curves(lone, 0)
+    assert "no frame differs" in render(lone, folder)
+
+
+def test_heads_of_a_real_model_are_packed(folder: Path, html: str) -> None:
+    grids = json.loads(re.findall(r"<script[^>]*>(.*?)</script>", html, re.DOTALL)[0])["rows"][2]["grids"]
+    assert [(g["model"], g["branch"]) for g in grids] == [
+        (model, branch) for model in ("transformer", "transformer_2") for branch in ("cond", "uncond")
+    ]
+    assert grids[0]["layers"] == [[i, f"blocks.{i}.attn1"] for i in range(3)]
+    assert grids[0]["shares"] == [[1000], [125, 375]]
+    assert grids[0]["cells"][1] == [[0, 1.0, 0]] * 2 + [[1, 0.35, 1]] * 3
+
+
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
@@ -167,9 +237,10 @@ class Opened:
     def __init__(self, chromium: Any, path: Path, width: int = 1280, scheme: str = "light") -> None:
         self.page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         self.problems: list[str] = []
+        self.page.route(lambda url: not LOCAL.match(url), lambda route: route.abort())
         self.page.on("console", lambda m: self.problems.append(m.text) if m.type == "error" else None)
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
-        self.page.on("request", lambda r: self.problems.append(r.url) if r.url.startswith("http") else None)
+        self.page.on("request", lambda r: self.problems.append(r.url) if not LOCAL.match(r.url) else None)
         self.page.goto(path.as_uri())
         self.ready()
 
@@ -186,6 +257,16 @@ class Opened:
 
     def times(self) -> list[float]:
         return self.page.evaluate("clips().map(c => c.currentTime)")
+
+    def seen(self) -> list[int]:
+        """The frames that the shown clips show, told by where their bar is."""
+        return self.page.evaluate("""clips().map((c) => {
+            const copy = Object.assign(document.createElement("canvas"), { width: 58, height: 34 });
+            const pen = copy.getContext("2d");
+            pen.drawImage(c, 0, 0);
+            const line = pen.getImageData(0, 17, 58, 1).data;
+            return Array.from({ length: 58 }, (_, x) => line[4 * x]).findIndex((v) => v > 100) / 2;
+        })""")
 
     def order(self) -> list[str]:
         return self.page.locator("#results tbody.methods th").all_inner_texts()
@@ -217,6 +298,8 @@ def test_players_move_together(opened: Opened) -> None:
         page.get_by_role("button", name=name).click()
         opened.ready()
         assert set(opened.times()) == {(frame + 0.5) / FPS}
+        opened.until(f"{frame} === frame")
+        assert opened.seen() == [frame] * 4
         assert page.locator("#frame").inner_text() == f"{frame + 1} of {FRAMES}"
     page.locator("#loop").uncheck()
     page.locator("#scrub").fill(str(FRAMES - 3))
@@ -231,6 +314,18 @@ def test_players_move_together(opened: Opened) -> None:
     page.get_by_role("button", name="Play").click()  # from the end it begins anew, and goes round
     opened.until("clips()[0].currentTime < 1 && playing")
     assert page.evaluate("clips()[0].playbackRate") == 2
+
+
+@browser_only
+def test_a_player_that_falls_out_of_step_is_fetched_back(opened: Opened) -> None:
+    opened.page.locator("#rate").select_option("0.25")
+    opened.page.get_by_role("button", name="Play").click()
+    opened.until("clips()[0].currentTime > 0.2")
+    opened.page.evaluate("clips()[2].currentTime = 2.5")
+    apart = "Math.abs(clips()[2].currentTime - clips()[0].currentTime)"
+    opened.until(f"clips()[0].currentTime > 1 || {apart} < 1 / {FPS}")
+    assert opened.times()[0] < 1
+    assert opened.page.evaluate("playing")
 
 
 @browser_only
@@ -272,9 +367,10 @@ def test_the_table_sorts(opened: Opened) -> None:
 @browser_only
 def test_the_heat_map_tells_of_heads_and_masks(opened: Opened) -> None:
     page = opened.page
-    box = page.locator("#heat").bounding_box()
-    cell = box["width"] / 5, box["height"] / 3
-    page.locator("#heat").click(position={"x": 3.5 * cell[0], "y": 1.5 * cell[1]})
+    x, y = page.evaluate("(({ w, h }) => [numbersWide + 3.5 * w, above + 1.5 * h])(sizes())")
+    page.locator("#heat").hover(position={"x": x - page.evaluate("2 * sizes().w"), "y": y})
+    assert page.get_attribute("#heat", "title") == "Step 1, layer 1 (blocks.1.attn1): left dense, schedule."
+    page.locator("#heat").click(position={"x": x, "y": y})
     assert "Step 3, layer 1 (blocks.1.attn1): sparse by cpu, density 0.350" in page.inner_text("#heat-text")
     assert page.inner_text("#heads").split() == ["head", "0", "0.125", "head", "1", "0.375"]
     page.locator("#heat").press("ArrowLeft")
@@ -283,6 +379,7 @@ def test_the_heat_map_tells_of_heads_and_masks(opened: Opened) -> None:
     assert "Step 1, layer 1 (blocks.1.attn1): left dense, schedule" in page.inner_text("#heat-text")
     assert page.inner_text("#heads").split() == ["all", "heads", "1.000"]
     captions = page.locator("#masks figcaption").all_inner_texts()
+    assert page.inner_text("#mask-step") == "Taken at step 3."
     assert captions == ["heads 0, 2: density 0.250, blocks of 16x8", "head 1: density 0.250, blocks of 16x8"]
     page.locator("#where-grid").select_option(label="transformer_2, uncond")
     assert "No call" in page.inner_text("#masks")
@@ -295,24 +392,35 @@ def test_it_fits_and_can_be_read(chromium: Any, folder: Path, html: str, width: 
     opened = Opened(chromium, folder / "report.html", width, scheme)
     page = opened.page
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    contrasts = page.evaluate("""() => {
-        const light = (c) => {
-            const v = c.match(/[\\d.]+/g).slice(0, 3).map((x) => x / 255)
-                .map((x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4));
-            return 0.2126 * v[0] + 0.7152 * v[1] + 0.0722 * v[2];
-        };
-        const paper = light(getComputedStyle(document.body).backgroundColor);
-        return [...document.querySelectorAll("h1, p, td, label, figcaption, dt, dd, .chart svg")].map((e) => {
-            const [a, b] = [light(getComputedStyle(e).color), paper].sort((x, y) => y - x);
-            return (a + 0.05) / (b + 0.05);
-        });
-    }""")
-    assert len(contrasts) > 50
-    assert min(contrasts) >= 4.5
+    papers, contrasts = page.evaluate(CONTRASTS)
+    assert len(contrasts) > 150
+    assert min(contrasts)[0] >= 4.5, min(contrasts)
+    assert (papers[0] < 0.05) == (scheme == "dark")
+    assert page.evaluate(OVERLAPS) == []
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"report-{width}-{scheme}.png", full_page=True)
     assert opened.problems == []
     page.close()
+
+
+@browser_only
+def test_the_keyboard_reaches_everything(opened: Opened) -> None:
+    page = opened.page
+    reached = set()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        name, outline = page.evaluate(
+            "[document.activeElement].map((e) => [e.id || e.className || e.tagName,"
+            " getComputedStyle(e).outlineStyle])[0]"
+        )
+        assert name == "BODY" or outline != "none", name
+        reached.add(name)
+    assert reached >= {"prompt", "show", "back", "play", "next", "scrub", "rate", "loop", "overlay"}
+    assert reached >= {"scroll", "where-row", "where-grid", "heat", "mask-layer", "SUMMARY", "copy"}
+    page.locator("#copy").focus()
+    page.keyboard.press("Enter")
+    opened.until("document.getElementById('copy').textContent !== 'Copy the command'")
+    assert page.evaluate("String(getSelection())") == f"dit-sparse compare --prompt '{HOSTILE}'"
 
 
 @browser_only

@@ -7,7 +7,17 @@ import tiny_models as tiny
 import torch
 
 from dit_sparse import Order, RadialProcessor, SparseProcessor, TokenLayout
-from dit_sparse.eval.patterns import WIDTHS, chosen, draw, mass_kept, tokens_read, toy_attention
+from dit_sparse.eval.patterns import (
+    WIDTHS,
+    alike,
+    chosen,
+    draw,
+    mass_kept,
+    picture,
+    tokens_read,
+    toy_attention,
+)
+from dit_sparse.method import Call
 from dit_sparse.plan import Plan
 
 LAYOUT = TokenLayout((4, 5, 6), text=9, text_first=True)
@@ -66,3 +76,44 @@ def test_a_figure_has_a_row_a_head() -> None:
     assert len(draw(tiny.TopK(keep=3), LAYOUT, q, k).axes) == 8
     assert len(draw(RadialProcessor(block=8), LAYOUT, q, k).axes) == 2
     assert chosen(tiny.Cached(keep=3), q, k, LAYOUT)[0].counts.shape[1] == 4
+
+
+def test_heads_with_equal_plans_share_a_row() -> None:
+    keep = torch.zeros(5, 4, 4, dtype=torch.bool)
+    keep[:, 0, 0] = True
+    keep[[1, 3], 2, 3] = True
+    keep[4, 2, 1] = True
+    plan, order = Plan.from_blocks(keep, 32), Order.raster(TokenLayout((4, 5, 6)))
+    assert alike(plan, order) == [[0, 2], [1, 3], [4]]
+    figure = picture(plan, order, TokenLayout((4, 5, 6)), "title", heads=2)
+    assert [axis.get_ylabel() for axis in figure.axes[::2]] == ["heads 0,2", "heads 1,3"]
+    assert figure.get_suptitle() == "title\nand 1 more plan of other heads"
+
+
+def test_more_heads_repeat_the_toys_four() -> None:
+    q, _ = toy_attention(LAYOUT, heads=6)
+    assert q.shape[1] == 6
+    four, same = toy_attention(LAYOUT)[0], toy_attention(LAYOUT, heads=4)[0]
+    assert torch.equal(four, same)
+
+
+def test_a_method_is_asked_at_a_place_in_the_run() -> None:
+    """Linear layers of LinVideo compute no pair, the others all."""
+    from dit_sparse import LinVideoProcessor
+
+    q, k = toy_attention(LAYOUT)
+    method = LinVideoProcessor(linear_layers=(2,))
+    for layer, kept in ((1, True), (2, False)):
+        call = Call.standalone(LAYOUT, heads=4, layer=layer, layers=3, step=1, steps=2)
+        plan, _ = chosen(method, q, k, LAYOUT, call)
+        assert bool(plan.to_blocks().all()) == kept
+        assert bool(plan.to_blocks().any()) == kept
+
+
+def test_no_pyplot_figure_stays_open_behind_a_picture() -> None:
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    plan = Plan.full(120, 120, 16)
+    picture(plan, Order.raster(TokenLayout((4, 5, 6))), TokenLayout((4, 5, 6)), "title")
+    assert plt.get_fignums() == before

@@ -68,12 +68,12 @@ def measure(asked: Request, rounds: int) -> dict[str, Any]:
         raise ValueError(f"--rounds must be at least 1, got {rounds}")
     check_flags(asked)
     device = device_of(asked)
+    if asked.prompt is None and asked.model != TINY:
+        raise ValueError(f"--prompt is missing: what should {asked.model} show?")
     source = find(asked.model)
     asked = completed(asked, makes_video(asked, source))
     if asked.is_stock:
         raise ValueError(f"--method {asked.method}: dense is timed beside every method; which one?")
-    if asked.prompt is None and asked.model != TINY:
-        raise ValueError(f"--prompt is missing: what should {asked.model} show?")
     settings = settings_of(asked, source)
     choice = choice_of(asked, source, settings)
     pipe = placed_pipeline(asked, source, device, settings)
@@ -167,14 +167,12 @@ def rows_of(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str,
 
 
 def _cell(values: Sequence[float] | None) -> str:
-    return "" if values is None else _cell_of(spread(values), alone=len(values) == 1)
+    return "" if values is None else _cell_of(spread(values))
 
 
-def _cell_of(found: Mapping[str, float], alone: bool = False) -> str:
+def _cell_of(found: Mapping[str, float]) -> str:
     text = f"{found['median']:.2f}"
-    return (
-        text if alone or found["low"] == found["high"] else f"{text} ({found['p20']:.2f}-{found['p80']:.2f})"
-    )
+    return text if found["low"] == found["high"] else f"{text} ({found['p20']:.2f}-{found['p80']:.2f})"
 
 
 def alternate(first: Callable[[], Any], second: Callable[[], Any], pairs: int) -> list[float]:

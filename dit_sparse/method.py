@@ -417,7 +417,8 @@ class SparseProcessor:
         """A method is attached to a model, which tells it the grid; one layer's processor knows nothing."""
         raise ValueError(
             f"{type(self).__name__} cannot be one layer's processor: use model.set_attn_processor(...), "
-            "which takes a dict for a choice of layers, or dit_sparse.apply(pipe, ...)"
+            "which takes a dict for a choice of layers and knows methods once one was imported, or "
+            "dit_sparse.apply(pipe, ...)"
         )
 
     def select(self, q: Tensor, k: Tensor, call: Call) -> Plan:

@@ -424,7 +424,12 @@ def lines(result: Comparison) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         speed = f"{ratio['median']:.2f}"
         if len(ratio["ratios"]) > 1:
             speed += f" ({ratio['low']:.2f}-{ratio['high']:.2f})"
-        quality = [cell(row.summary[name], name) for name in shown]
+        quality = [_mean(row.summary[name], name) for name in shown]
         density = f"{row.summary['density']['full_run']:.3f}"
         rows.append((row.label, density, *quality, f"{seconds:.2f}", speed))
     return ("row", "density", *shown, "seconds", "speed-up"), rows
+
+
+def _mean(value: Mapping[str, Any], name: str) -> str:
+    """Without the interval, for which a terminal has no room."""
+    return cell({**value, "interval": None}, name)

@@ -60,7 +60,7 @@ class Protocol:
     """How three numbers come about.
 
     Args:
-        psnr: In words; e is the mean squared difference of values in 0..1.
+        psnr: In words.
         ssim: In words.
         lpips: In words.
         pooled: One e for the whole video instead of one for each frame.
@@ -80,7 +80,8 @@ class Protocol:
     signed: bool = True
 
 
-_MEAN = "mean over the frames that differ of -10 log10(e)"
+_ERROR = "e the mean squared difference of values in 0..1"
+_MEAN = f"mean over the frames that differ of -10 log10(e), {_ERROR}"
 _GAUSS = "Gaussian window of 11x11 pixels, sigma 1.5, edges reflected; mean over pixels, channels and frames"
 _SEVEN = "uniform window of 7x7 pixels where it fits, sample variances; mean over pixels, channels and frames"
 _ALEX = "AlexNet, values in -1..1, mean over frames"
@@ -88,7 +89,7 @@ _ALEX = "AlexNet, values in -1..1, mean over frames"
 PROTOCOLS: dict[str, Protocol] = {
     "default": Protocol(_MEAN, _GAUSS, _ALEX),
     "svg": Protocol(
-        "mean over frames of -10 log10(e); infinite as soon as two frames are identical",
+        f"mean over frames of -10 log10(e), {_ERROR}; infinite as soon as two frames are identical",
         "uniform window of 11x11 pixels, edges padded with zeros; mean over pixels, channels and frames",
         "VGG, values in 0..1 (the network expects -1..1), mean over frames",
         keeps_identical=True,
@@ -98,7 +99,7 @@ PROTOCOLS: dict[str, Protocol] = {
     ),
     "skimage": Protocol(_MEAN, _SEVEN, _ALEX, window=partial(_uniform, size=7, padding=0, sample=True)),
     "pooled": Protocol(
-        "-10 log10(e) with e over all frames",
+        f"-10 log10(e), {_ERROR}, over all frames",
         _SEVEN,
         _ALEX,
         pooled=True,

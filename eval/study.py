@@ -27,6 +27,7 @@ import dit_sparse
 from dit_sparse.calibration import CalibratedProcessor, calibrate
 from dit_sparse.eval.attributes import attributes, paired_interval
 from dit_sparse.eval.fidelity import psnr, ssim
+from dit_sparse.generate import by_kernels, left_alone
 from dit_sparse.kernels.bench import identity
 from dit_sparse.layout import TokenLayout
 from dit_sparse.method import SparseProcessor
@@ -35,10 +36,11 @@ from dit_sparse.pipelines.tiny import data
 from dit_sparse.pipelines.wan_presets import PRESETS
 from dit_sparse.processors import METHODS
 from dit_sparse.processors.random import RandomProcessor
-from dit_sparse.stopwatch import span_timer, spanned
+from dit_sparse.stopwatch import CallTimer
 from dit_sparse.video import check_writable, staged
 
 SCHEDULE = "dense 0-25%, 92-100%"
+FLOOR = "noise floor"
 NOT_TRAINING_FREE = ("dense", "sla", "linvideo")
 """Methods that are nothing without training, or nothing sparse."""
 
@@ -68,37 +70,24 @@ def setting(name: str, density: float, layout: TokenLayout, pipe: Any, folder: P
     return METHODS[name](calibration=file)  # type: ignore[call-arg]
 
 
-def generate(pipe: Any, prompt: str, seed: int, method: SparseProcessor | None) -> tuple[Any, dict[str, Any]]:
+def generate(
+    pipe: Any, prompt: str, seed: int, method: SparseProcessor | None, is_floor: bool = False
+) -> tuple[Any, dict[str, Any]]:
     """One video [F, H, W, 3] of floats, and what it took: seconds in all, in attention and in planning.
 
-    Without a method every call is left to the model, and timed.
+    Without a method every call is left to the model, or for the noise floor computed whole by the kernels.
     """
-    attention: list[tuple[Any, Any]] = []
-    planning: list[tuple[Any, Any]] = []
-    read, total = span_timer(pipe)
-    cls: Any = type(method)
-    stock = cls.__dict__.get("plan")
-    schedule = SCHEDULE if method is not None else "dense 0-100%"
-    with dit_sparse.apply(pipe, method or "dense", schedule=schedule) as session:
-        for part in session.parts:
-            for at in part.layers:
-                at.processor._core = spanned(at.processor._core, read, attention)
-        if method is not None:
-            # On the class: methods are frozen. Plans made within a plan (a wrapped method's) are not its own.
-            cls.plan = spanned(cls.plan, read, planning)
-        try:
-            start = time.perf_counter()
-            generator = torch.Generator().manual_seed(seed)
-            frames = pipe(prompt, generator=generator, output_type="np", **tiny.STUDY).frames[0]
-            seconds = time.perf_counter() - start
-        finally:
-            if method is not None:
-                if stock is None:
-                    del cls.plan
-                else:
-                    cls.plan = stock
+    if method is not None:
+        attached = dit_sparse.apply(pipe, method, schedule=SCHEDULE)
+    else:
+        attached = by_kernels(pipe) if is_floor else left_alone(pipe)
+    with attached as session, CallTimer(pipe, session) as timer:
+        start = time.perf_counter()
+        generator = torch.Generator().manual_seed(seed)
+        frames = pipe(prompt, generator=generator, output_type="np", **tiny.STUDY).frames[0]
+        seconds = time.perf_counter() - start
         report = session.report()
-    row = {"seconds": seconds, "attention": total(attention), "planning": total(planning)}
+    row = {"seconds": seconds, **timer.seconds()}
     return frames, {**row, "density": report.density, "sparse_density": report.sparse_density}
 
 
@@ -132,7 +121,7 @@ class Study:
     def round(self, prompt: int, text: str) -> None:
         """Everything that is missing for one prompt."""
         todo = [key for key, m in self.cells.items() if not isinstance(m, str) and not self.has(*key, prompt)]
-        if not todo and self.has("dense", 1.0, prompt):
+        if not todo and self.has("dense", 1.0, prompt) and self.has(FLOOR, 1.0, prompt):
             return
         seed = prompt
         truth, first = generate(self.pipe, text, seed, None)
@@ -141,12 +130,15 @@ class Study:
             assert isinstance(method, SparseProcessor)
             frames, row = generate(self.pipe, text, seed, method)
             self._add(name, density, prompt, {**row, **_judged(frames, truth, text)}, method)
-        mine = [r for r in self.rows if r["prompt"] == 0 and r["name"] not in ("dense", "control")]
+        mine = [r for r in self.rows if r["prompt"] == 0 and r["name"] not in ("dense", FLOOR, "control")]
         for density in sorted({self.control(r["sparse_density"]) for r in mine}):
             if not self.has("control", density, prompt):
                 method = RandomProcessor(block=32).at_density(density, self.layout)
                 frames, row = generate(self.pipe, text, seed, method)
                 self._add("control", density, prompt, {**row, **_judged(frames, truth, text)}, method)
+        if not self.has(FLOOR, 1.0, prompt):
+            frames, row = generate(self.pipe, text, seed, None, is_floor=True)
+            self._add(FLOOR, 1.0, prompt, {**row, **_judged(frames, truth, text)}, None)
         _, last = generate(self.pipe, text, seed, None)
         seconds = {key: (first[key] + last[key]) / 2 for key in ("seconds", "attention")}
         if not self.has("dense", 1.0, prompt):
@@ -175,7 +167,7 @@ class Study:
             f"self-attention; attribute score {np.mean(dense['score']):.3f}.\n"
         )
         for density in sorted({asked for _, asked in self.cells}):
-            lines += [f"## Density {density:g}\n", HEAD]
+            lines += [f"## Density {density:g}\n", HEAD, self._floor_line(dense["seconds"])]
             lines += [
                 self._line(name, asked, method, dense["seconds"])
                 for (name, asked), method in self.cells.items()
@@ -183,6 +175,21 @@ class Study:
             ]
             lines.append("")
         return "\n".join(lines)
+
+    def _floor_line(self, dense: list[float]) -> str:
+        take = partial(self.column, FLOOR, 1.0)
+        cells = [
+            f"{FLOOR}: dense by the kernels",
+            "1.000 (1.000)",
+            f"{np.mean(take('psnr')):.2f}",
+            f"{np.mean(take('ssim')):.4f}",
+            "",
+            f"{np.mean(take('score')):.3f}",
+            f"{np.mean(take('attention')):.2f}",
+            f"{np.mean(take('planning')):.3f}",
+            _speed_up(dense, take("seconds")),
+        ]
+        return "| " + " | ".join(cells) + " |"
 
     def _line(self, name: str, asked: float, method: SparseProcessor | str, dense: list[float]) -> str:
         if isinstance(method, str):
@@ -193,7 +200,6 @@ class Study:
         control = partial(self.column, "control", self.control(achieved[0]))
         gain, low, high = _difference(take("psnr"), control("psnr"))
         verdict = "above" if low > 0 else "below" if high < 0 else "not told apart"
-        ratios = sorted(d / s for d, s in zip(dense, take("seconds"), strict=True))
         cells = [
             name,
             f"{np.mean(achieved):.3f} ({np.mean(take('density')):.3f})",
@@ -203,7 +209,7 @@ class Study:
             f"{np.mean(take('score')):.3f}",
             f"{np.mean(take('attention')):.2f}",
             f"{np.mean(take('planning')):.3f}",
-            f"{np.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})",
+            _speed_up(dense, take("seconds")),
         ]
         return "| " + " | ".join(cells) + " |"
 
@@ -214,6 +220,11 @@ def _judged(frames: Any, truth: Any, text: str) -> dict[str, Any]:
         "ssim": ssim(frames, truth),
         "score": attributes(frames, text)["score"],
     }
+
+
+def _speed_up(dense: Sequence[float], seconds: Sequence[float]) -> str:
+    ratios = sorted(d / s for d, s in zip(dense, seconds, strict=True))
+    return f"{np.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
 
 
 def _difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
@@ -238,6 +249,8 @@ on {machine}, {date}, dit_sparse at {commit}. tiny-wan in its study setting ({to
 * score: the share of a prompt's statements the video bears out (`eval/attributes.py`).
 * attention, planning: seconds a video inside self-attention's core calls, and in choosing blocks there.
 * speed-up: dense seconds over the method's, end to end; median and range over prompts.
+* noise floor: dense attention by the block-sparse kernels, which rounds otherwise. Nothing can be told apart
+  above it.
 * n/a: the method does not reach the density on this grid; its message says the floor.
 
 The videos are 25 frames of 64x128: what holds here need not hold for a model of billions of parameters.

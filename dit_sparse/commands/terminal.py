@@ -58,7 +58,8 @@ def table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
 
     table = Table()
     for i, column in enumerate(columns):
-        table.add_column(column, overflow="fold", no_wrap=i < len(columns) - 1 and columns[0] == "model")
+        whole = i < len(columns) - 1 if columns[0] == "model" else columns[0] == "row" and i == 0
+        table.add_column(column, overflow="fold", no_wrap=whole)
     for row in rows:
         table.add_row(*row)
     Console().print(table)

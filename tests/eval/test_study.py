@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from dit_sparse import DenseProcessor
 from dit_sparse.eval import study as module
 from dit_sparse.eval.study import Study, generate
 from dit_sparse.pipelines import tiny
@@ -31,7 +30,8 @@ def test_rows_controls_and_going_on(pipe, tmp_path: Path) -> None:
     study.round(0, text)
     names = [(row["name"], row["density_asked"]) for row in study.rows]
     draft = study.rows[0]
-    assert names == [("draft", 0.4), ("control", study.control(draft["sparse_density"])), ("dense", 1.0)]
+    control = study.control(draft["sparse_density"])
+    assert names == [("draft", 0.4), ("control", control), ("noise floor", 1.0), ("dense", 1.0)]
     control = study.rows[1]
     assert draft["sparse_density"] == pytest.approx(0.4, abs=0.05)
     # Never below the row it stands beside, and above by less than a block in each row.
@@ -52,13 +52,17 @@ def test_rows_controls_and_going_on(pipe, tmp_path: Path) -> None:
         dict.fromkeys(("command", "machine", "date", "commit", "tokens", "steps", "prompts", "schedule"), "x")
     )
     assert "| radial | n/a, floor 0." in table
-    (row,) = [line for line in table.splitlines() if line.startswith("| draft |")]
-    assert len(row.split("|")) == 11
+    for start in ("| draft |", "| noise floor: dense by the kernels |"):
+        (row,) = [line for line in table.splitlines() if line.startswith(start)]
+        assert len(row.split("|")) == 11
 
 
-def test_timing_leaves_methods_as_they_were(pipe) -> None:
-    plan = DenseProcessor.plan
-    _, row = generate(pipe, data.held_out_prompts(1)[0][0], 0, DenseProcessor(block=32))
-    assert DenseProcessor.plan is plan
+def test_the_noise_floor_is_dense_and_rounds_otherwise(pipe) -> None:
+    text = data.held_out_prompts(1)[0][0]
+    dense, _ = generate(pipe, text, 0, None)
+    again, _ = generate(pipe, text, 0, None)
+    floor, row = generate(pipe, text, 0, None, is_floor=True)
+    assert (again == dense).all()
+    assert 0 < abs(floor - dense).max() < 0.01
     assert row["sparse_density"] == row["density"] == 1
     assert module.SCHEDULE.startswith("dense")

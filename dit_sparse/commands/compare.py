@@ -20,6 +20,7 @@ from dit_sparse.commands.terminal import (
     Preset,
     Steps,
     Width,
+    needs,
     plainly,
     table,
 )
@@ -77,6 +78,7 @@ def compare(
     for name in ("methods", "output_dir", "densities", "prompts", "prompt", "rounds", "protocol", "lpips"):
         del asked[name]
     with plainly("stopped; there are no results, and what was there before stays"):
+        needs("jinja2", "matplotlib")
         from dit_sparse.eval.compare import compare as run
         from dit_sparse.eval.compare import lines
 

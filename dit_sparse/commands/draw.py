@@ -20,6 +20,7 @@ from dit_sparse.commands.terminal import (
     Param,
     Steps,
     Width,
+    needs,
     plainly,
     table,
 )
@@ -61,6 +62,7 @@ def inspect(
     time, along rows, everywhere.
     """
     with plainly("stopped; nothing was written"):
+        needs("matplotlib")
         from dit_sparse.video import check_writable, staged
 
         if output.suffix.lower() not in (".png", ".svg"):
@@ -107,6 +109,7 @@ def attention_maps(
     for name in ("output_dir", "layers", "heads", "steps_shown", "branch", "resolution"):
         del asked[name]
     with plainly("stopped; nothing was written"):
+        needs("matplotlib")
         from dit_sparse.eval.attention_maps import BlockMaps
         from dit_sparse.eval.attention_maps import attention_maps as run
 

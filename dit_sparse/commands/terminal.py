@@ -52,6 +52,15 @@ def plainly(stopped: str) -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
+def needs(*packages: str) -> None:
+    """ValueError for the first package of the ``eval`` extra that is not installed."""
+    from importlib.util import find_spec
+
+    for package in packages:
+        if find_spec(package) is None:
+            raise ValueError(f"{package} is not installed: pip install 'dit-sparse[eval]'")
+
+
 def table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table

@@ -299,3 +299,10 @@ def test_what_cannot_be_is_told_first(
     assert done.exit_code == 2, done.output
     assert message in done.output
     assert "Traceback" not in done.output
+
+
+def test_a_missing_package_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "jinja2" else object())
+    done = run("compare", "--output-dir", tmp_path / "out", "--methods", "draft")
+    assert done.exit_code == 2
+    assert "jinja2 is not installed: pip install 'dit-sparse[eval]'" in done.output

@@ -211,14 +211,14 @@ def left_alone(pipe: Any) -> Session:
     return dit_sparse.apply(pipe, "dense", schedule="dense 0-100%")
 
 
-def by_kernels(pipe: Any, backend: str = "auto") -> Session:
-    """A session that computes all of every call by the block-sparse kernels: dense, rounded otherwise.
+def by_kernels(pipe: Any, backend: str = "auto", schedule: str = "always") -> Session:
+    """A session that computes all of attention by the block-sparse kernels: dense, rounded otherwise.
 
     Its videos tell how far from the dense one a video is by rounding alone: the noise floor.
     """
     import dit_sparse
 
-    session = dit_sparse.apply(pipe, "dense", schedule="always", backend=backend)
+    session = dit_sparse.apply(pipe, "dense", schedule=schedule, backend=backend)
     session.full_plan_is_dense = False
     return session
 

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dit_sparse
+from dit_sparse.generate import by_kernels
 from dit_sparse.pipelines import tiny
 from dit_sparse.pipelines.tiny import data
 from dit_sparse.pipelines.wan_presets import PRESETS
@@ -40,6 +41,8 @@ BACKGROUND_WITHIN = 0.2
 SMALLEST = 0.008
 OVERLAP = 0.75
 SLOWEST = 0.004
+
+FLOOR = "noise floor"
 
 
 @dataclass(frozen=True)
@@ -264,6 +267,11 @@ def main() -> None:
         choices=sorted(set(METHODS) - {"dense"}),
         help="a sparse method, beside the dense model; dense alone without",
     )
+    parser.add_argument(
+        "--floor",
+        action="store_true",
+        help="also dense by the block-sparse kernels: what rounding alone does",
+    )
     parser.add_argument("--density", type=float, help="for --method; default its balanced preset")
     parser.add_argument("--out", type=Path, help="write rows and summaries there as JSON")
     args = parser.parse_args()
@@ -294,13 +302,16 @@ def _run(args: argparse.Namespace) -> None:
 
         # First, so that a density it cannot reach is told before the dense videos are made.
         rows[args.method] = study(pipe, prompts, settings, seed=args.seed, attach=attach)
+    if args.floor:
+        rows[FLOOR] = study(pipe, prompts, settings, seed=args.seed, attach=by_kernels)
     rows["dense"] = study(pipe, prompts, settings, seed=args.seed)
     result |= {name: summary(videos) for name, videos in rows.items()}
-    if args.method:
-        ours, theirs = ([row["score"] for row in rows[name]] for name in (args.method, "dense"))
-        low, high = paired_interval(ours, theirs)
-        mean = float(np.mean(ours) - np.mean(theirs))
-        result["score_over_dense"] = {"mean": mean, "low": low, "high": high}
+    theirs = [row["score"] for row in rows["dense"]]
+    for name, key in ((args.method, "score_over_dense"), (FLOOR, "noise_floor_over_dense")):
+        if name in rows:
+            ours = [row["score"] for row in rows[name]]
+            low, high = paired_interval(ours, theirs)
+            result[key] = {"mean": float(np.mean(ours) - np.mean(theirs)), "low": low, "high": high}
     print(json.dumps(result))
     if args.out:
         with staged() as stage:

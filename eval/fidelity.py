@@ -230,6 +230,10 @@ def _frames(video: Any) -> Tensor:
         raise ValueError(
             f"a video is [F, H, W, C] or [F, C, H, W] with 1 or 3 channels, got {tuple(frames.shape)}"
         )
+    if frames.shape[3] in (1, 3) and frames.shape[1] in (1, 3):
+        raise ValueError(
+            f"is {tuple(frames.shape)} [F, H, W, C] or [F, C, H, W]? both would be 1 or 3 pixels high or wide"
+        )
     if 0 in frames.shape:
         raise ValueError(f"a video needs frames and pixels, got {tuple(frames.shape)}")
     if frames.shape[3] in (1, 3):

@@ -37,7 +37,7 @@ def compare(
     model: Model = "tiny-wan",
     prompt: Annotated[list[str] | None, typer.Option(help="May be given again.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A file of more, one a line (# begins a comment).")
+        Path | None, typer.Option(help="A file of more, one a line; lines that begin with # are comments.")
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What videos should not show.")] = None,
     image: Image = None,

@@ -35,7 +35,9 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="A file of prompts, one a line (# begins a comment); each has the next seed."),
+        typer.Option(
+            help="A file of prompts, one a line (lines with # first are comments); each has the next seed."
+        ),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
     image: Image = None,
@@ -112,7 +114,7 @@ def calibrate(
     ],
     model: Model = "tiny-wan",
     prompt: Annotated[list[str] | None, typer.Option(help="What a video shows; may be given again.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="More, one a line (# begins a comment).")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="More, one a line; # first is a comment.")] = None,
     prompts: Annotated[
         int | None, typer.Option(help="How many of them. Default: all, or 4 of tiny-wan's own.")
     ] = None,

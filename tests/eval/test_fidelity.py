@@ -247,3 +247,10 @@ def test_lpips_without_weights_says_where_they_belong(
 
 def offline(*_: object, **__: object) -> None:
     raise URLError("no network")
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 16, 3), (4, 3, 16, 1), (4, 1, 16, 3)])
+def test_a_shape_that_can_be_read_two_ways_is_refused(shape: tuple[int, ...]) -> None:
+    a = np.zeros(shape, dtype=np.uint8)
+    with pytest.raises(ValueError, match=r"\[F, H, W, C\] or \[F, C, H, W\]\?"):
+        psnr(a, a)

@@ -287,8 +287,8 @@ def test_players_move_together(opened: Opened) -> None:
     assert len(opened.times()) == 4  # the noise floor is hidden at first
     page.get_by_role("button", name="Play").click()
     opened.until("clips()[0].currentTime > 0.5")
-    times = opened.times()
-    assert max(times) - min(times) < 1 / FPS
+    # Within a frame, which a loaded machine may take a moment for.
+    opened.until(f"(t => Math.max(...t) - Math.min(...t) < {1 / FPS})(clips().map(c => c.currentTime))")
     page.get_by_role("button", name="Pause").click()
     opened.ready()
     assert len(set(opened.times())) == 1

@@ -38,6 +38,7 @@ def test_rows_controls_and_going_on(pipe, tmp_path: Path) -> None:
     assert 0 <= control["sparse_density"] - draft["sparse_density"] < 0.06
     assert 0 < draft["planning"] < draft["attention"] < draft["seconds"]
     assert study.rows[-1]["psnr"] == 99.0
+    assert 80 < study.rows[-2]["psnr"] != 99.0  # the noise floor is measured
 
     again = Study(tmp_path, pipe, ["draft", "radial"], [0.4])
     assert again.rows == study.rows

@@ -35,8 +35,9 @@ class Stopwatch:
 
     def now(self) -> float:
         """Seconds on a clock of its own, once the device has finished."""
-        if self.pipe._execution_device.type == "cuda":
-            torch.cuda.synchronize()
+        device = self.pipe._execution_device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
     def __enter__(self) -> Stopwatch:
@@ -93,16 +94,17 @@ def spanned(function: Callable[..., Any], read: Callable[[], Any], spans: list[t
 
 def span_timer(pipe: Any) -> tuple[Callable[[], Any], Callable[[list[tuple[Any, Any]]], float]]:
     """(read, total): a clock that does not make the device wait, and the seconds in a list of its spans."""
-    if pipe._execution_device.type != "cuda":
+    device = pipe._execution_device
+    if device.type != "cuda":
         return time.perf_counter, lambda spans: sum(end - start for start, end in spans)
 
     def read() -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(device))
         return event
 
     def total(spans: list[tuple[Any, Any]]) -> float:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         return sum(start.elapsed_time(end) for start, end in spans) / 1000
 
     return read, total

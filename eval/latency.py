@@ -32,7 +32,7 @@ DENSE, AGAIN = "dense", "dense again"
 
 
 def measure(asked: Request, rounds: int) -> dict[str, Any]:
-    """Check, load, warm up, and run dense, dense again and the method in turn; in the next round in reverse.
+    """Check, load, warm up, and run dense, the method and dense again in turn; in the next round in reverse.
 
     Args:
         asked: As for ``dit-sparse generate``; ``output`` is not looked at.
@@ -80,13 +80,14 @@ def measure(asked: Request, rounds: int) -> dict[str, Any]:
     call = call_of(asked, source, settings)
     attach = {
         DENSE: partial(left_alone, pipe),
-        AGAIN: partial(left_alone, pipe),
         asked.method: partial(attached, pipe, asked, choice, choice.schedule),
+        AGAIN: partial(left_alone, pipe),
     }
     rows: dict[str, dict[str, Any]] = {name: {"seconds": {}, "peak_memory_mib": []} for name in attach}
     say("one untimed step of each")
-    for name in (DENSE, asked.method):
-        with removed(attach[name]()):
+    # "always": a single step could be a dense one of the method's schedule.
+    for warm in (attach[DENSE], partial(attached, pipe, asked, choice, "always")):
+        with removed(warm()):
             warm_up(pipe, call, asked.seed)
     for i in range(rounds):
         for name in list(rows) if i % 2 == 0 else reversed(rows):
@@ -105,12 +106,22 @@ def measure(asked: Request, rounds: int) -> dict[str, Any]:
         "versions": versions(),
         **identity(asked, source, settings, choice),
         "prompt": prompt,
-        "device": {**device_of_run(asked, pipe), **bench.identity(device.partition(":")[0])},
+        "device": {**device_of_run(asked, pipe), **bench.identity(device)},
         "dense_attention": dense_backend(pipe),
         "rounds": rounds,
         "rows": rows,
+        "amdahl_bound": amdahl_bound(rows[DENSE], rows[asked.method]),
         "speed_up": {name: spread(ratios(rows[DENSE], row)) for name, row in rows.items() if name != DENSE},
     }
+
+
+def amdahl_bound(dense: Mapping[str, Any], row: Mapping[str, Any]) -> float | None:
+    """The speed-up that density explains at dense attention's time per token pair; None if not timed."""
+    seconds = dense["seconds"]
+    if "attention" not in seconds:
+        return None
+    share = statistics.median(seconds["attention"]) / statistics.median(seconds["total"])
+    return 1 / (1 - share + share * row["density"]["full_run"])
 
 
 def dense_backend(pipe: Any) -> str:
@@ -159,6 +170,8 @@ def rows_of(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str,
     }
     lines.append(("rest, s", *(_cell(values) for values in rest.values())))
     lines.append(("speed-up", "", *(_cell_of(found) for found in result["speed_up"].values())))
+    if result["amdahl_bound"] is not None:
+        lines.append(("Amdahl's bound", "", f"{result['amdahl_bound']:.2f}", ""))
     densities = (row["density"] for row in rows.values())
     lines.append(("density", *(f"{d['full_run']:.3f}, sparse {d['sparse_calls']:.3f}" for d in densities)))
     peaks = ([m for m in row["peak_memory_mib"] if m is not None] for row in rows.values())

@@ -384,7 +384,7 @@ def identity(device: str) -> dict[str, Any]:
     except PackageNotFoundError:
         triton = "none"
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
         "commit": _commit(),
         "torch": torch.__version__,
         "triton": triton,

@@ -10,17 +10,22 @@ from typing import Annotated
 import typer
 
 from dit_sparse.commands.terminal import (
+    Backend,
+    Compile,
+    Density,
     Device,
     Dtype,
     FlowShift,
     GuidanceScale,
     Height,
     Image,
+    Lora,
     Model,
     NumFrames,
     Offload,
     Param,
     Preset,
+    ScheduleText,
     Steps,
     Width,
     plainly,
@@ -118,22 +123,15 @@ def generate(
     model: Model = "tiny-wan",
     prompt: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
     image: Image = None,
-    lora: Annotated[
-        list[str] | None, typer.Option(help="LoRA: a file, folder or Hub id; may be given again.")
-    ] = None,
+    lora: Lora = None,
     method: Annotated[
         str, typer.Option(help="Sparse method, or auto: radial for videos, draft for images.")
     ] = "auto",
-    density: Annotated[
-        float | None,
-        typer.Option(help="Share of the token pairs that sparse calls compute, in (0, 1]."),
-    ] = None,
+    density: Density = None,
     preset: Preset = None,
-    schedule: Annotated[
-        str | None, typer.Option(help='When the method runs, e.g. "dense 0-25%; layers 0".')
-    ] = None,
+    schedule: ScheduleText = None,
     param: Param = None,
-    backend: Annotated[str, typer.Option(help="auto, reference, cpu, gathered, flex or triton.")] = "auto",
+    backend: Backend = "auto",
     height: Height = None,
     width: Width = None,
     num_frames: NumFrames = None,
@@ -144,7 +142,7 @@ def generate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     offload: Offload = "none",
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the repeated blocks.")] = False,
+    compile: Compile = False,
     rounds: Annotated[int, typer.Option(help="Timed runs of each, in alternation.")] = 5,
     output: Annotated[Path | None, typer.Option(help="A .json with every sample.")] = None,
 ) -> None:

@@ -8,12 +8,15 @@ from typing import Annotated
 import typer
 
 from dit_sparse.commands.terminal import (
+    Backend,
+    Compile,
     Device,
     Dtype,
     FlowShift,
     GuidanceScale,
     Height,
     Image,
+    Lora,
     Model,
     NumFrames,
     Offload,
@@ -41,9 +44,7 @@ def compare(
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What videos should not show.")] = None,
     image: Image = None,
-    lora: Annotated[
-        list[str] | None, typer.Option(help="LoRA: a file, folder or Hub id; may be given again.")
-    ] = None,
+    lora: Lora = None,
     preset: Preset = None,
     schedule: Annotated[
         str | None,
@@ -53,7 +54,7 @@ def compare(
         list[str] | None,
         typer.Option(help="Parameter of one method, METHOD.NAME=VALUE; may be given again."),
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto, reference, cpu, gathered, flex or triton.")] = "auto",
+    backend: Backend = "auto",
     height: Height = None,
     width: Width = None,
     num_frames: NumFrames = None,
@@ -64,7 +65,7 @@ def compare(
     dtype: Dtype = "auto",
     device: Device = "auto",
     offload: Offload = "none",
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the repeated blocks.")] = False,
+    compile: Compile = False,
     rounds: Annotated[int, typer.Option(help="Timed runs of each, in alternation. One shows no spread.")] = 1,
     protocol: Annotated[str, typer.Option(help="default, svg, skimage or pooled.")] = "default",
     lpips: Annotated[bool, typer.Option("--lpips", help="Also LPIPS; its weights are fetched once.")] = False,

@@ -10,17 +10,22 @@ import typer
 
 from dit_sparse.batch import generate_many, jobs_of
 from dit_sparse.commands.terminal import (
+    Backend,
+    Compile,
+    Density,
     Device,
     Dtype,
     FlowShift,
     GuidanceScale,
     Height,
     Image,
+    Lora,
     Model,
     NumFrames,
     Offload,
     Param,
     Preset,
+    ScheduleText,
     Steps,
     Width,
     plainly,
@@ -41,9 +46,7 @@ def generate(
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
     image: Image = None,
-    lora: Annotated[
-        list[str] | None, typer.Option(help="LoRA: a file, folder or Hub id; may be given again.")
-    ] = None,
+    lora: Lora = None,
     method: Annotated[
         str,
         typer.Option(
@@ -51,16 +54,11 @@ def generate(
             "videos, draft for images."
         ),
     ] = "auto",
-    density: Annotated[
-        float | None,
-        typer.Option(help="Share of the token pairs that sparse calls compute, in (0, 1]."),
-    ] = None,
+    density: Density = None,
     preset: Preset = None,
-    schedule: Annotated[
-        str | None, typer.Option(help='When the method runs, e.g. "dense 0-25%; layers 0".')
-    ] = None,
+    schedule: ScheduleText = None,
     param: Param = None,
-    backend: Annotated[str, typer.Option(help="auto, reference, cpu, gathered, flex or triton.")] = "auto",
+    backend: Backend = "auto",
     height: Height = None,
     width: Width = None,
     num_frames: NumFrames = None,
@@ -71,7 +69,7 @@ def generate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     offload: Offload = "none",
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the repeated blocks.")] = False,
+    compile: Compile = False,
     output: Annotated[
         Path | None,
         typer.Option(

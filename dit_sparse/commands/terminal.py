@@ -18,6 +18,13 @@ Preset = Annotated[str | None, typer.Option(help="quality, balanced (default) or
 Param = Annotated[
     list[str] | None, typer.Option(help="Parameter of the method, NAME=VALUE; may be given again.")
 ]
+Lora = Annotated[list[str] | None, typer.Option(help="LoRA: a file, folder or Hub id; may be given again.")]
+Density = Annotated[
+    float | None, typer.Option(help="Share of the token pairs that sparse calls compute, in (0, 1].")
+]
+ScheduleText = Annotated[str | None, typer.Option(help='When the method runs, e.g. "dense 0-25%; layers 0".')]
+Backend = Annotated[str, typer.Option(help="auto, reference, cpu, gathered, flex or triton.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile the repeated blocks.")]
 Height = Annotated[int | None, typer.Option(help="In pixels. Default: the model's.")]
 Width = Annotated[int | None, typer.Option(help="In pixels. Default: the model's.")]
 NumFrames = Annotated[int | None, typer.Option(help="Default: the model's.")]
@@ -61,14 +68,17 @@ def needs(*packages: str) -> None:
             raise ValueError(f"{package} is not installed: pip install 'dit-sparse[eval]'")
 
 
+_UNFOLDED = {"model": 1, "row": 1, "median (20-80 %)": 1}
+"""By the name of a first column: how many columns are not folded when a terminal is narrow."""
+
+
 def table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table()
     for i, column in enumerate(columns):
-        whole = i < len(columns) - 1 if columns[0] == "model" else columns[0] == "row" and i == 0
-        table.add_column(column, overflow="fold", no_wrap=whole)
+        table.add_column(column, overflow="fold", no_wrap=i < _UNFOLDED.get(columns[0], 0))
     for row in rows:
         table.add_row(*row)
     Console().print(table)

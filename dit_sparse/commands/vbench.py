@@ -9,16 +9,21 @@ from typing import Annotated
 import typer
 
 from dit_sparse.commands.terminal import (
+    Backend,
+    Compile,
+    Density,
     Device,
     Dtype,
     FlowShift,
     GuidanceScale,
     Height,
+    Lora,
     Model,
     NumFrames,
     Offload,
     Param,
     Preset,
+    ScheduleText,
     Steps,
     Width,
     plainly,
@@ -54,22 +59,15 @@ def generate(
     shard: Annotated[str, typer.Option(help="I/N: every N-th video from the I-th, counted from 0.")] = "0/1",
     model: Model = "tiny-wan",
     negative_prompt: Annotated[str | None, typer.Option(help="What videos should not show.")] = None,
-    lora: Annotated[
-        list[str] | None, typer.Option(help="LoRA: a file, folder or Hub id; may be given again.")
-    ] = None,
+    lora: Lora = None,
     method: Annotated[
         str, typer.Option(help="Sparse method, auto for radial, or dense for the stock model.")
     ] = "auto",
-    density: Annotated[
-        float | None,
-        typer.Option(help="Share of the token pairs that sparse calls compute, in (0, 1]."),
-    ] = None,
+    density: Density = None,
     preset: Preset = None,
-    schedule: Annotated[
-        str | None, typer.Option(help='When the method runs, e.g. "dense 0-25%; layers 0".')
-    ] = None,
+    schedule: ScheduleText = None,
     param: Param = None,
-    backend: Annotated[str, typer.Option(help="auto, reference, cpu, gathered, flex or triton.")] = "auto",
+    backend: Backend = "auto",
     height: Height = None,
     width: Width = None,
     num_frames: NumFrames = None,
@@ -80,7 +78,7 @@ def generate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     offload: Offload = "none",
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the repeated blocks.")] = False,
+    compile: Compile = False,
 ) -> None:
     """Make the videos of VBench's prompt suite: 5 of each prompt, 25 for temporal flickering.
 

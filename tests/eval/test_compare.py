@@ -236,6 +236,23 @@ def test_rounds_alternate_and_files_of_before_go(
     assert [row.label for row in Comparison.load(tmp_path / "results.json").rows] == rows[:3]
 
 
+def test_the_untimed_step_runs_the_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though a schedule may keep the first step dense: what it loads and compiles must not be timed."""
+    seen: list[str] = []
+    real = module.Setting.attach
+
+    def logged(self: Any, pipe: Any, schedule: str = "") -> Any:
+        session = real(self, pipe, schedule)
+        seen.append(str(session.schedule))
+        return session
+
+    monkeypatch.setattr(module.Setting, "attach", logged)
+    small = ["--num-frames", "5", "--steps", "2", "--output-dir", tmp_path]
+    assert run("compare", *SIZE, *small, "--methods", "draft", "--schedule", "dense 0-50%").exit_code == 0
+    dense = "dense 0-100%"
+    assert seen == [dense, "always", "always", dense, "always", "dense 0-50%"]
+
+
 def test_a_stop_leaves_what_was_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (folder / "results.json").read_bytes()
 
@@ -271,6 +288,9 @@ def test_images(tmp_path: Path) -> None:
     assert draft.summary["density"]["sparse_calls"] < 0.95
     assert "attributes" not in draft.clips[0].quality
     assert draft.summary["psnr"]["interval"] is None
+    timed = run("bench", "generate", "--model", model, *size[:-2], "--param", "pool=(2, 3)", "--rounds", "1")
+    assert timed.exit_code == 0, timed.output
+    assert "draft" in timed.output
     assert "fps" not in json.loads((out / "results.json").read_text())["settings"]
 
 

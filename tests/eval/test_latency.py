@@ -32,7 +32,7 @@ def test_dense_and_sparse_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     output = tmp_path / "times.json"
     done = bench("--method", "draft", "--schedule", "dense 0-25%", "--rounds", "2", "--output", output)
     assert done.exit_code == 0, done.output
-    names = ["dense", "dense again", "draft"]
+    names = ["dense", "draft", "dense again"]
     assert order == [*(f"{n}, round 1" for n in names), *(f"{n}, round 2" for n in reversed(names))]
     result = json.loads(output.read_text())
     assert list(result["rows"]) == names
@@ -53,6 +53,9 @@ def test_dense_and_sparse_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert result["speed_up"]["draft"]["low"] == pytest.approx(min(ratios))
     assert result["speed_up"]["draft"]["median"] == pytest.approx(sum(ratios) / 2)
     assert result["dense_attention"] == "native"
+    share = sum(result["rows"]["dense"]["seconds"]["attention"]) / sum(dense)
+    full = result["rows"]["draft"]["density"]["full_run"]
+    assert result["amdahl_bound"] == pytest.approx(1 / (1 - share * (1 - full)))
     assert result["device"]["commit"]
     assert "of it planning" in done.output
     assert "no spread" not in done.output
@@ -81,7 +84,7 @@ def test_the_table_of_made_up_times() -> None:
             "peak_memory_mib": [None, None],
         },
     }  # fmt: skip
-    columns, lines = rows_of({"rows": rows, "speed_up": {"draft": spread([2.0, 3.0])}})
+    columns, lines = rows_of({"rows": rows, "speed_up": {"draft": spread([2.0, 3.0])}, "amdahl_bound": 1.25})
     assert columns == ("median (20-80 %)", "dense", "draft")
     assert lines == [
         ("total, s", "11.00 (10.40-11.60)", "4.50 (4.20-4.80)"),
@@ -91,6 +94,7 @@ def test_the_table_of_made_up_times() -> None:
         ("    of it planning, s", "0.00", "0.50"),
         ("rest, s", "1.00", "1.00"),
         ("speed-up", "", "2.50 (2.20-2.80)"),
+        ("Amdahl's bound", "", "1.25", ""),
         ("density", "1.000, sparse 1.000", "0.500, sparse 0.250"),
         ("peak memory, MiB", "120", "not known"),
     ]

@@ -35,6 +35,10 @@ class Dimension:
     high: float = 1.0
     weight: float = 1.0
 
+    def normalised(self, score: float) -> float:
+        """A score as it enters the totals."""
+        return (score - self.low) / (self.high - self.low)
+
 
 # Constants of scripts/cal_final_score.py and scripts/constant.py in Vchitect/VBench.
 DIMENSIONS: dict[str, Dimension] = {
@@ -56,6 +60,8 @@ DIMENSIONS: dict[str, Dimension] = {
     "overall_consistency": Dimension("semantic", 0.0, 0.364),
 }
 QUALITY_WEIGHT, SEMANTIC_WEIGHT = 4, 1
+FILTERED = "filtered_videos"
+"""The folder of the videos that VBench's own filter found to hold still."""
 
 DIMENSIONS_2: dict[str, tuple[str, ...]] = {
     "human_fidelity": ("human_anatomy", "human_clothes", "human_identity"),
@@ -92,7 +98,7 @@ def totals(scores: Mapping[str, float]) -> dict[str, float | None]:
     for group in ("quality", "semantic"):
         own = {name: d for name, d in DIMENSIONS.items() if d.group == group}
         if set(own) <= set(known):
-            weighted = [d.weight * (known[name] - d.low) / (d.high - d.low) for name, d in own.items()]
+            weighted = [d.weight * d.normalised(known[name]) for name, d in own.items()]
             result[group] = sum(weighted) / sum(d.weight for d in own.values())
         else:
             result[group] = None
@@ -142,14 +148,18 @@ def read_results(path: Path) -> dict[str, float]:
 def read_videos(path: Path) -> dict[str, dict[str, float]]:
     """Dimension -> file name -> score, in the units of the means, of a file that :func:`read_results` reads.
 
-    Dimensions whose means are not those of their videos are left out: they have no score of a video.
+    Dimensions whose means are not those of their videos are left out: they have no score of a video. So is
+    flickering of the videos that VBench's filter chose, as it numbers them anew.
     """
     means, found = read_results(path), {}
     for dimension, entry in json.loads(path.read_text()).items():
         try:
-            scores = {Path(v["video_path"]).name: float(v["video_results"]) for v in entry[1]}
+            paths = {Path(v["video_path"]): float(v["video_results"]) for v in entry[1]}
         except (TypeError, ValueError, LookupError):
             continue
+        if any(path.parent.name == FILTERED for path in paths):
+            continue
+        scores = {path.name: value for path, value in paths.items()}
         mean = fmean(scores.values()) if scores else math.nan
         # Imaging quality has its videos in percent.
         unit = next(
@@ -188,9 +198,9 @@ def score(folders: Sequence[Path], *, floor: Path | None = None, version: int = 
         version: 1 for VBench, 2 for VBench-2.0.
 
     Returns:
-        ``rows``: label -> ``dimensions``, ``totals`` (None where a dimension is missing) and, but for the
-        first, ``minus_first``: dimension -> mean difference, and where videos have the same names and scores
-        of their own, its paired bootstrap 95 % interval.
+        ``rows``: label -> ``dimensions``, ``normalised`` (for VBench), ``totals`` (None where a dimension is
+        missing) and, but for the first, ``minus_first``: dimension -> mean difference, and where both have
+        scores of the very same videos, its paired bootstrap 95 % interval.
     """
     from dit_sparse.eval.fidelity_files import interval
 
@@ -205,12 +215,15 @@ def score(folders: Sequence[Path], *, floor: Path | None = None, version: int = 
         means, videos = read_folder(folder)
         total = totals(means) if version == 1 else totals_2(means)
         rows[label] = {"dimensions": means, "totals": total}
+        if version == 1:
+            rows[label]["normalised"] = {n: DIMENSIONS[n].normalised(mean) for n, mean in means.items()}
         if first is None:
             first = means, videos
             continue
         differences = {}
         for name in (name for name in first[0] if name in means):
-            shared = sorted(set(videos.get(name, ())) & set(first[1].get(name, ())))
+            own, theirs = (set(scores.get(name, ())) for scores in (videos, first[1]))
+            shared = sorted(own) if own == theirs else []
             found = interval([videos[name][v] for v in shared], [first[1][name][v] for v in shared])
             mean = means[name] - first[0][name]
             differences[name] = {"mean": mean, "interval": found["interval"], "videos": len(shared)}
@@ -221,10 +234,8 @@ def score(folders: Sequence[Path], *, floor: Path | None = None, version: int = 
 def rows_of(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Columns and lines for a terminal, in percent: dimensions down, folders across."""
     rows = result["rows"]
-    lines = [
-        (name, *(_shown(row, name) for row in rows.values()))
-        for name in dict.fromkeys(name for row in rows.values() for name in row["dimensions"])
-    ]
+    names = DIMENSIONS if result["version"] == 1 else [n for group in DIMENSIONS_2.values() for n in group]
+    lines = [(name, *(_shown(row, name) for row in rows.values())) for name in names]
     for name in next(iter(rows.values()))["totals"]:
         values = (row["totals"][name] for row in rows.values())
         lines.append((name.upper(), *("not complete" if v is None else f"{100 * v:.2f}" for v in values)))

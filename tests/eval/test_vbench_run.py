@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dit_sparse.cli import app
-from dit_sparse.eval.vbench import read_results, score
+from dit_sparse.eval.vbench import DIMENSIONS, read_results, read_videos, rows_of, score
 from dit_sparse.eval.vbench_suite import jobs, read_suite
 
 SUITE = [
@@ -225,6 +226,7 @@ def test_the_package_is_driven_dimension_by_dimension(python: Path, videos: Path
         in done.output
     )
     files = sorted(path.name for path in out.iterdir())
+    assert files.pop(0) == "about.json"
     assert files == [
         f"{name}_eval_results.json"
         for name in ("imaging_quality", "subject_consistency", "temporal_flickering")
@@ -232,21 +234,24 @@ def test_the_package_is_driven_dimension_by_dimension(python: Path, videos: Path
     (still,) = json.loads((out / files[2]).read_text()).values()
     assert [Path(video["video_path"]).name[-6:] for video in still[1]] == [f"-{i}.mp4" for i in range(5)]
     assert (python.parent / "vbench/launch/evaluate.py.gpus").read_text() == "2"
+    order = [line.split()[0] for line in done.output.splitlines() if " of 5)" in line]
+    assert order[-1] == "temporal_flickering"  # its filter's weights come with another dimension
+    assert read_videos(out / files[2]) == {}  # the filter numbers anew: no pairs with another folder
+    assert len(read_videos(out / files[0])["imaging_quality"]) == 5
     before = (out / files[0]).stat().st_mtime_ns
     again = invoke(*asked)
     assert "2 of 2 dimensions failed" in again.output
     assert (out / files[0]).stat().st_mtime_ns == before
+    elsewhere = shutil.copytree(videos, tmp_path / "others")
+    other = invoke("run", elsewhere, *asked[2:])
+    assert other.exit_code == 2
+    assert f"has results with videos {videos} and not {elsewhere}" in other.output
     own = invoke(
         "run", videos, "--vbench-python", python, "--output-dir", tmp_path / "own", "--mode", "custom_input",
         "--dimension", "imaging_quality",
     )  # fmt: skip
     assert own.exit_code == 0, own.output
-    assert (
-        len(
-            json.loads((tmp_path / "own/imaging_quality_eval_results.json").read_text())["imaging_quality"][1]
-        )
-        == 35
-    )
+    assert len(read_videos(tmp_path / "own/imaging_quality_eval_results.json")["imaging_quality"]) == 35
 
 
 @pytest.mark.parametrize(
@@ -266,6 +271,22 @@ def test_what_cannot_be_is_told_first(
     done = invoke("run", videos, "--vbench-python", python, "--output-dir", tmp_path, *more)
     assert done.exit_code == 2
     assert message in done.output
+
+
+def test_videos_that_the_filter_drops_are_told(python: Path, videos: Path, tmp_path: Path) -> None:
+    """And videos that another dimension loses are a failure."""
+    (python.parent / "vbench/cli/vbench.py").write_text(FILTER.replace("% 5 == 4", "== 4"))
+    asked = ["run", videos, "--vbench-python", python, "--output-dir", tmp_path / "out"]
+    done = invoke(*asked, "--dimension", "temporal_flickering")
+    (python.parent / "vbench/cli/vbench.py").write_text(FILTER)
+    assert done.exit_code == 0, done.output
+    assert "warning: 1 of 5 videos of temporal_flickering were evaluated" in done.output
+    launch = python.parent / "vbench/launch/evaluate.py"
+    launch.write_text(EVALUATE.replace("range(5)", "range(4)"))
+    done = invoke(*asked, "--dimension", "subject_consistency")
+    launch.write_text(EVALUATE)
+    assert done.exit_code == 2
+    assert "subject_consistency (4 of 5 videos of subject_consistency were evaluated)" in done.output
 
 
 def test_missing_videos_and_environments_are_named(python: Path, tmp_path: Path) -> None:
@@ -313,11 +334,19 @@ def test_scores_beside_the_first_folder(tmp_path: Path) -> None:
     assert difference["interval"] == pytest.approx((-0.1, -0.1))
     assert found["noise floor"]["minus_first"]["color"]["interval"] == pytest.approx((0, 0))
     assert "scene" not in found[str(sparse)]["minus_first"]
+    scene = DIMENSIONS["scene"]
+    assert found[str(dense)]["normalised"]["scene"] == pytest.approx(0.4 / scene.high)
     assert set(found[str(dense)]["totals"].values()) == {None}
     done = invoke("score", dense, sparse, "--floor", floor, "--output", tmp_path / "score.json")
     assert done.exit_code == 0, done.output
     assert "not complete" in " ".join(done.output.split())
     assert json.loads((tmp_path / "score.json").read_text())["rows"].keys() == found.keys()
+    fewer = result_file(tmp_path / "fewer", {"color": [0.4, 0.6]})
+    part = score([dense, fewer])["rows"][str(fewer)]["minus_first"]["color"]
+    assert (part["mean"], part["interval"]) == (pytest.approx(-0.2), None)  # other videos: no pairs
+    lines = {line[0]: line[1:] for line in rows_of(score([dense, sparse]))[1]}
+    assert list(lines)[:16] == list(DIMENSIONS)
+    assert lines["scene"] == ("40.00", "-")
     (sparse / "a_eval_results.json").write_text(json.dumps({"color": [0.1, []]}))
     assert "has two results of color" in " ".join(invoke("score", dense, sparse).output.split())
     assert "has no *_eval_results.json" in invoke("score", videos_free(tmp_path)).output

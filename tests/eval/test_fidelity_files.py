@@ -83,7 +83,7 @@ def test_folders_pair_up_prompts(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     result = json.loads(output.read_text())
     assert result["protocol"]["name"] == "pooled"
-    assert "e over all frames" in result["protocol"]["psnr"]
+    assert "over all frames" in result["protocol"]["psnr"]
     good, bad = (result["rows"][str(tmp_path / name)] for name in ("good", "bad"))
     floor = result["rows"]["noise floor"]
     assert floor["psnr"]["mean"] > good["psnr"]["mean"] > bad["psnr"]["mean"]

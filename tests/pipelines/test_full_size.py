@@ -84,11 +84,11 @@ def test_full_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     understood: dict[str, Any] = {}
     understand = session._understand
 
-    def spy(at: Any, forward: Any, q: Any, *rest: Any) -> Any:
-        found = understand(at, forward, q, *rest)
-        assert q.shape[1] == shape[1]
-        assert q.shape[3] == shape[2]
-        understood[at.layer.name] = found
+    def spy(here: Any, *rest: Any) -> Any:
+        found = understand(here, *rest)
+        assert here.q.shape[1] == shape[1]
+        assert here.q.shape[3] == shape[2]
+        understood[here.at.layer.name] = found
         return found
 
     monkeypatch.setattr(session, "_understand", spy)

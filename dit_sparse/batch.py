@@ -28,7 +28,6 @@ from dit_sparse.request import (
     flag_of,
     flat,
     makes_video,
-    read_prompts,
     settings_of,
 )
 
@@ -60,9 +59,8 @@ class Job:
     name: str
 
 
-def jobs_of(prompts: Path, seed: int) -> list[Job]:
-    """A job for each line of a file; prompt i has the seed ``seed`` + i."""
-    texts = read_prompts("--prompts", prompts)
+def jobs_of(texts: Sequence[str], seed: int) -> list[Job]:
+    """A job for each prompt; prompt i has the seed ``seed`` + i."""
     named = zip(texts, names(texts), strict=True)
     return [Job(text, seed + i, name) for i, (text, name) in enumerate(named)]
 

@@ -217,11 +217,15 @@ def within(errors: Tensor, costs: Tensor, budget: float) -> Tensor:
     return chosen(high)
 
 
-class Search(Protocol):
-    """What a method does with the dense runs of :func:`calibrate`."""
+class Sees(Protocol):
+    """Is shown the calls of a dense run."""
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call) -> None:
         """One call: q, k, v and dense out [B, H, S, D] in raster order, [grid, rest]; lse [B, H, S]."""
+
+
+class Search(Sees, Protocol):
+    """What a method does with the dense runs of :func:`calibrate`."""
 
     def result(self) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
         """(``layers``, ``tensors``) of the :class:`Calibration`; a layer may tell its ``"density"``."""
@@ -279,11 +283,11 @@ class CalibratedProcessor(SparseProcessor):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Observer(SparseProcessor):
-    """Runs dense and shows every call to a search."""
+    """Runs dense and shows every call to ``search``."""
 
     reads: ClassVar[frozenset[str]] = frozenset({"layout"})
 
-    search: Search
+    search: Sees
     calls: list[Call] = field(default_factory=list)
 
     def order(self, call: Call) -> Order:
@@ -324,7 +328,8 @@ def calibrate(
     seeds = range(len(prompts)) if seeds is None else seeds
     if not prompts or len(seeds) != len(prompts):
         raise ValueError(f"expected prompts and as many seeds, got {len(prompts)} and {len(seeds)}")
-    observer = Observer(search=method.search())
+    search = method.search()
+    observer = Observer(search=search)
     schedule = replace(Schedule.parse(schedule), layers=(), refresh=())
     with torch.no_grad(), apply(pipe, observer, schedule=schedule) as session:
         session.full_plan_is_dense = False
@@ -335,7 +340,7 @@ def calibrate(
         if not observer.calls:
             raise ValueError(f"no attention call could be observed:\n{session.report()}")
     first = observer.calls[0]
-    layers, tensors = observer.search.result()
+    layers, tensors = search.result()
     parameters = {f.name: getattr(method, f.name) for f in fields(method) if f.name != "calibration"}
     return Calibration(
         method=method.calibrates,

@@ -23,6 +23,7 @@ from dit_sparse.request import (
     Request,
     call_parameters,
     check_flags,
+    check_prompt,
     choice_of,
     completed,
     device_of,
@@ -59,14 +60,13 @@ class Run:
 
 def generate(asked: Request) -> None:
     """Check, load, run, write, tell."""
-    from dit_sparse.pipelines.load import TINY, find
+    from dit_sparse.pipelines.load import find
 
     check_flags(asked)
     device = device_of(asked)
     source = find(asked.model)
     asked = completed(asked, makes_video(asked, source))
-    if asked.prompt is None and asked.model != TINY:
-        raise ValueError(f"--prompt is missing: what should {asked.model} show?")
+    check_prompt(asked.model, asked.prompt)
     settings = settings_of(asked, source)
     choice = None if asked.is_stock else choice_of(asked, source, settings)
     pipe = placed_pipeline(asked, source, device, settings)
@@ -392,12 +392,21 @@ def _compared(run: Run, dense: Run) -> dict[str, Any]:
         "dense_seconds": dense.seconds,
         "speed_up": total / run.seconds["total"],
         "attention_share": share,
-        "amdahl_bound": None if share is None else 1 / (1 - share + share * density),
+        "amdahl_bound": None if share is None else amdahl_bound(share, density),
         "psnr": decibels if isfinite(decibels) else None,
         "ssim": ssim(run.frames, dense.frames),
         "frames": len(run.frames),
         "identical_frames": identical_frames(run.frames, dense.frames),
     }
+
+
+def amdahl_bound(share: float, density: float) -> float:
+    """The speed-up that density explains, at dense attention's time per token pair.
+
+    Args:
+        share: Of dense attention in the time of a dense run.
+    """
+    return 1 / (1 - share + share * density)
 
 
 def _tell(asked: Request, manifest: Mapping[str, Any], run: Run) -> None:

@@ -112,6 +112,23 @@ def check_flags(asked: Request) -> None:
             raise ValueError(f"--lora {lora} does not exist, and it is no Hub id (owner/name)")
 
 
+def check_prompt(model: str, prompt: str | None) -> None:
+    """ValueError where nobody says what a model should show; the bundled one has an example."""
+    from dit_sparse.pipelines.load import TINY
+
+    if prompt is None and model != TINY:
+        raise ValueError(f"--prompt is missing: what should {model} show?")
+
+
+def check_json(output: Path) -> None:
+    """ValueError unless a .json can be written there."""
+    from dit_sparse.video import check_writable
+
+    if output.suffix.lower() != ".json":
+        raise ValueError(f"--output must end in .json, got {output}")
+    check_writable("--output", output)
+
+
 def with_method(asked: Request, video: bool) -> Request:
     """The request with what ``auto`` means."""
     return replace(asked, method=AUTO["videos" if video else "images"]) if asked.method == "auto" else asked

@@ -10,7 +10,15 @@ from pathlib import Path
 from statistics import fmean
 
 from dit_sparse.generate import call_of, placed_pipeline, say
-from dit_sparse.request import Request, check_flags, choice_of, device_of, read_prompts, settings_of
+from dit_sparse.request import (
+    Request,
+    check_flags,
+    check_json,
+    choice_of,
+    device_of,
+    read_prompts,
+    settings_of,
+)
 
 COUNT = 4
 """Prompts of the bundled model where none are given."""
@@ -27,15 +35,12 @@ def calibrate(asked: Request, *, prompts: Sequence[str], prompt_file: Path | Non
     from dit_sparse.calibration import calibrate as search
     from dit_sparse.pipelines.load import find
     from dit_sparse.processors import METHODS
-    from dit_sparse.video import check_writable
 
     known = [name for name, cls in METHODS.items() if issubclass(cls, CalibratedProcessor)]
     if asked.method not in known:
         raise ValueError(f"--method must be one of {', '.join(known)}, got {asked.method!r}")
     check_flags(asked)
-    if asked.output.suffix.lower() != ".json":
-        raise ValueError(f"--output must end in .json, got {asked.output}")
-    check_writable("--output", asked.output)
+    check_json(asked.output)
     device = device_of(asked)
     source = find(asked.model)
     texts = _prompts(asked.model, prompts, prompt_file, count)

@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dit_sparse.calibration import Observer, Search
+from dit_sparse.calibration import Observer
 from dit_sparse.kernels import block_mass
 from dit_sparse.layout import TokenLayout
 from dit_sparse.method import Call
@@ -139,7 +139,7 @@ class BlockMaps:
         )
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call) -> None:
-        """See :class:`dit_sparse.calibration.Search`; q, k and lse come in the order of :func:`order_of`."""
+        """See :class:`dit_sparse.calibration.Sees`; q, k and lse come in the order of :func:`order_of`."""
         order, layout = call.order, call.layout
         assert order is not None
         block = block_of(layout, self.resolution)
@@ -175,10 +175,6 @@ class BlockMaps:
                 place = call.step, call.layer, head, call.branch, before + b
                 found = Map(part, *place, block, layout, shares[b, i], asking[b], there[b])
                 self.maps.append(found)
-
-    def result(self) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-        """Unused: maps are no calibration."""
-        return {}, {}
 
     def named(self) -> dict[str, Map]:
         """The maps by name: "step/layer/head/branch", and ".item" or "/transformer" where there are more."""
@@ -259,8 +255,7 @@ def capture(pipe: Any, maps: BlockMaps, run: Callable[[], object]) -> Any:
     """
     from dit_sparse.attach import apply
 
-    search: Search = maps
-    with torch.no_grad(), apply(pipe, MapObserver(search=search), schedule="always") as session:
+    with torch.no_grad(), apply(pipe, MapObserver(search=maps), schedule="always") as session:
         run()
         if not maps.maps:
             seen = ", ".join(sorted(maps.branches)) or "none"
@@ -275,15 +270,14 @@ def attention_maps(asked: Request, maps: BlockMaps) -> tuple[list[Path], list[tu
         ValueError: It cannot be done; what configurations can tell is told before weights are loaded.
     """
     from dit_sparse.generate import call_of, placed_pipeline, say, versions
-    from dit_sparse.pipelines.load import TINY, find
-    from dit_sparse.request import check_flags, device_of, settings_of
+    from dit_sparse.pipelines.load import find
+    from dit_sparse.request import check_flags, check_prompt, device_of, settings_of
     from dit_sparse.video import check_writable
 
     check_flags(asked)
     device = device_of(asked)
     source = find(asked.model)
-    if asked.prompt is None and asked.model != TINY:
-        raise ValueError(f"--prompt is missing: what should {asked.model} show?")
+    check_prompt(asked.model, asked.prompt)
     for name in ("maps.safetensors", "maps.json"):
         check_writable("--output-dir", asked.output / name)
     settings = settings_of(asked, source)

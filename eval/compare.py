@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dit_sparse.batch import names
+from dit_sparse.batch import jobs_of
 from dit_sparse.eval import fidelity
 from dit_sparse.eval.attributes import attributes
 from dit_sparse.eval.comparison import Cell, Clip, Comparison, Row
@@ -127,19 +127,20 @@ def compare(
     jobs = [one for one in rows if not one.row.refused]
     suffix = ".mp4" if video else ".png"
     requests = [
-        replace(asked, prompt=text, seed=asked.seed + i, output=Path(f"{name}{suffix}"))
-        for i, (name, text) in enumerate(zip(names(prompts), prompts, strict=True))
+        replace(asked, prompt=job.prompt, seed=job.seed, output=Path(f"{job.name}{suffix}"))
+        for job in jobs_of(prompts, asked.seed)
     ]
+    calls = [call_of(request, source, settings) for request in requests]
     say("one untimed step of each")
     for job in jobs:
         with removed(job.attach(pipe, "always")):  # a single step could be a dense one of its schedule
-            warm_up(pipe, call_of(requests[0], source, settings), requests[0].seed)
+            warm_up(pipe, calls[0], requests[0].seed)
     judge = Judge(folder, settings.get("fps"), protocol, lpips, source.size == "tiny")
-    for request in requests:
+    for request, call in zip(requests, calls, strict=True):
         judge.dense = None
         for i in range(rounds):
             for job in jobs if i % 2 == 0 else reversed(jobs):
-                _run(pipe, job, request, call_of(request, source, settings), judge, is_first=i == 0)
+                _run(pipe, job, request, call, judge, is_first=i == 0)
     for job in jobs:
         job.row.summary = _summary(job.row, jobs[0].row)
     about = identity(requests[0], source, settings, None)
@@ -326,7 +327,6 @@ def _summary(row: Row, dense: Row) -> dict[str, Any]:
         values = [clip.quality[name] for clip in row.clips if name in clip.quality]
         if values:
             summary[name] = interval(values)
-    every = [taken for clip in row.clips for taken in clip.seconds["total"]]
     ratios = [
         theirs / ours
         for mine, other in zip(row.clips, dense.clips, strict=True)
@@ -336,7 +336,6 @@ def _summary(row: Row, dense: Row) -> dict[str, Any]:
     summary["seconds"] = {
         part: median([t for clip in row.clips for t in clip.seconds.get(part, [])]) for part in parts
     }
-    summary["seconds"]["total"] = median(every)
     summary["speed_up"] = {
         "median": median(ratios),
         "low": min(ratios),

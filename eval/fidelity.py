@@ -121,8 +121,12 @@ def psnr(a: Any, b: Any, protocol: str = "default") -> float:
         a, b = _pair(a, b)
         error = (a - b).double().square().mean().item()
         return -10 * math.log10(error) if error else math.inf
-    values = frame_psnr(a, b)
-    counted = values if how.keeps_identical else values[values.isfinite()]
+    return mean_psnr(frame_psnr(a, b), protocol)
+
+
+def mean_psnr(values: Tensor, protocol: str = "default") -> float:
+    """:func:`psnr` out of that of the frames, by a protocol that is not pooled."""
+    counted = values if protocol_of(protocol).keeps_identical else values[values.isfinite()]
     return counted.mean().item() if len(counted) else math.inf
 
 

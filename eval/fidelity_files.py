@@ -24,7 +24,9 @@ SUFFIXES = (".mp4", ".png", ".safetensors")
 def measured(a: Tensor, b: Tensor, protocol: str, with_lpips: bool) -> dict[str, Any]:
     """Every number of one pair, and its curves over the frames; infinite PSNR is None, as in JSON."""
     curves = {"psnr": fidelity.frame_psnr(a, b), "ssim": fidelity.frame_ssim(a, b, protocol)}
-    values = {"psnr": fidelity.psnr(a, b, protocol), "ssim": curves["ssim"].mean().item()}
+    pooled = fidelity.protocol_of(protocol).pooled
+    psnr = fidelity.psnr(a, b, protocol) if pooled else fidelity.mean_psnr(curves["psnr"], protocol)
+    values = {"psnr": psnr, "ssim": curves["ssim"].mean().item()}
     if with_lpips:
         curves["lpips"] = fidelity.frame_lpips(a, b, protocol)
         values["lpips"] = curves["lpips"].mean().item()

@@ -46,7 +46,6 @@ def measure(asked: Request, rounds: int) -> dict[str, Any]:
         ValueError: Something asked cannot be, told before weights are loaded.
     """
     from dit_sparse.generate import (
-        EXAMPLE,
         attached,
         call_of,
         device_of_run,
@@ -60,18 +59,25 @@ def measure(asked: Request, rounds: int) -> dict[str, Any]:
         warm_up,
     )
     from dit_sparse.kernels import bench
-    from dit_sparse.pipelines.load import TINY, find
-    from dit_sparse.request import check_flags, choice_of, completed, device_of, makes_video, settings_of
+    from dit_sparse.pipelines.load import find
+    from dit_sparse.request import (
+        check_flags,
+        check_prompt,
+        choice_of,
+        device_of,
+        makes_video,
+        settings_of,
+        with_method,
+    )
     from dit_sparse.stopwatch import PeakMemory
 
     if rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {rounds}")
     check_flags(asked)
     device = device_of(asked)
-    if asked.prompt is None and asked.model != TINY:
-        raise ValueError(f"--prompt is missing: what should {asked.model} show?")
+    check_prompt(asked.model, asked.prompt)
     source = find(asked.model)
-    asked = completed(asked, makes_video(asked, source))
+    asked = with_method(asked, makes_video(asked, source))
     if asked.is_stock:
         raise ValueError(f"--method {asked.method}: dense is timed beside every method; which one?")
     settings = settings_of(asked, source)
@@ -100,28 +106,28 @@ def measure(asked: Request, rounds: int) -> dict[str, Any]:
             report = session.report()
             row["density"] = {"full_run": report.density, "sparse_calls": report.sparse_density}
             row["backend"] = report.about["backend"]
-    prompt = EXAMPLE if asked.prompt is None else asked.prompt
     return {
         "format": 1,
         "versions": versions(),
         **identity(asked, source, settings, choice),
-        "prompt": prompt,
         "device": {**device_of_run(asked, pipe), **bench.identity(device)},
         "dense_attention": dense_backend(pipe),
         "rounds": rounds,
         "rows": rows,
-        "amdahl_bound": amdahl_bound(rows[DENSE], rows[asked.method]),
+        "amdahl_bound": _bound(rows[DENSE], rows[asked.method]),
         "speed_up": {name: spread(ratios(rows[DENSE], row)) for name, row in rows.items() if name != DENSE},
     }
 
 
-def amdahl_bound(dense: Mapping[str, Any], row: Mapping[str, Any]) -> float | None:
-    """The speed-up that density explains at dense attention's time per token pair; None if not timed."""
+def _bound(dense: Mapping[str, Any], row: Mapping[str, Any]) -> float | None:
+    """Amdahl's, of medians; None where attention was not timed."""
+    from dit_sparse.generate import amdahl_bound
+
     seconds = dense["seconds"]
     if "attention" not in seconds:
         return None
     share = statistics.median(seconds["attention"]) / statistics.median(seconds["total"])
-    return 1 / (1 - share + share * row["density"]["full_run"])
+    return amdahl_bound(share, row["density"]["full_run"])
 
 
 def dense_backend(pipe: Any) -> str:

@@ -39,6 +39,7 @@ class PlanMasks(Watch):
     def __init__(self, session: Session, enabled: bool = True) -> None:
         self.session = session
         self.enabled = enabled
+        self._steps: dict[tuple[str, int | None], int | None] = {}
         self._taken: dict[tuple[str, str], tuple[Call, tuple[int, int], Tensor, Tensor]] = {}
         self._layers = {f"{part.name}/{at.layer.name}": at for part in session.parts for at in part.layers}
 
@@ -52,11 +53,15 @@ class PlanMasks(Watch):
             self.session.watches.remove(self)
 
     def executed(self, plan: Plan, call: Call) -> None:
-        key = call.name, call.branch
+        key, place = (call.name, call.branch), (call.name, call.steps)
         assert call.order is not None
         stride = ceil(call.layers / LAYERS)
         whole = plan.keys == blocks_of(call.order.slots, plan.block[1])
-        if key in self._taken or call.layer % stride or not whole or call.step != self._step(call):
+        if key in self._taken or call.layer % stride or not whole:
+            return
+        if place not in self._steps:
+            self._steps[place] = self._step(call)
+        if call.step != self._steps[place]:
             return
         pairs, every = call.pairs(plan)
         small = _small(plan).expand(call.heads, -1, -1)
@@ -83,7 +88,7 @@ class PlanMasks(Watch):
                     continue
                 model = call.name.partition("/")[0]
                 by_picture[pixels] = Mask(
-                    model, call.step, call.layer, call.branch, [head], block, round(share, 4), _png(picture)
+                    model, call.step, call.layer, call.branch, [head], block, round(share, 4), png_of(picture)
                 )
             masks += by_picture.values()
         return masks
@@ -102,7 +107,8 @@ def _small(plan: Plan) -> Tensor:
     return (255 * (1 - torch.cat(heads))).round().to(torch.uint8)
 
 
-def _png(picture: Tensor) -> str:
+def png_of(picture: Tensor) -> str:
+    """uint8 [rows, columns] as a data URI."""
     from PIL import Image
 
     stream = BytesIO()

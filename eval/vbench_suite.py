@@ -127,8 +127,7 @@ def jobs(
     Raises:
         ValueError: See :func:`read_suite` and :func:`read_augmented`.
     """
-    everything = len(read_suite(suite))
-    texts = read_augmented(augmented, everything) if augmented is not None else None
+    texts = read_augmented(augmented, len(read_suite(suite))) if augmented is not None else None
     found: dict[str, Job] = {}
     for i, entry in read_suite(suite, dimensions):
         for clip in range(entry.clips):

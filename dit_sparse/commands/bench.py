@@ -30,9 +30,10 @@ from dit_sparse.commands.terminal import (
     Width,
     plainly,
     table,
+    write_json,
 )
 from dit_sparse.generate import say
-from dit_sparse.request import Request
+from dit_sparse.request import Request, check_json
 
 app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 
@@ -154,19 +155,12 @@ def generate(
     for name in ("rounds", "output"):
         del asked[name]
     with plainly("stopped; nothing was written"):
-        import json
-
         from dit_sparse.eval.latency import measure, rows_of
-        from dit_sparse.video import check_writable, staged
 
         if output is not None:
-            if output.suffix.lower() != ".json":
-                raise ValueError(f"--output must end in .json, got {output}")
-            check_writable("--output", output)
+            check_json(output)
         result = measure(Request(**asked, output=Path("out")), rounds)
-        if output is not None:
-            with staged() as stage:
-                stage(output).write_text(json.dumps(result, indent=1) + "\n")
+        write_json(output, result)
         about = result["device"]
         print(
             f"{result['model']['asked']} on {about['device']}, {about['threads']} threads, {about['dtype']}, "

@@ -27,7 +27,7 @@ from dit_sparse.commands.terminal import (
     plainly,
     table,
 )
-from dit_sparse.request import EXAMPLE, Request, numbers, read_prompts, words
+from dit_sparse.request import EXAMPLE, Request, check_prompt, numbers, read_prompts, words
 
 
 def compare(
@@ -84,8 +84,7 @@ def compare(
         from dit_sparse.eval.compare import lines
 
         texts = [*(prompt or ()), *(read_prompts("--prompts", prompts) if prompts is not None else ())]
-        if not texts and model != "tiny-wan":
-            raise ValueError(f"--prompt is missing: what should {model} show?")
+        check_prompt(model, texts[0] if texts else None)
         result = run(
             Request(**asked, method="auto", output=output_dir),
             words("--methods", methods),

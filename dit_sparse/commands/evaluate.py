@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from dit_sparse.commands import vbench
-from dit_sparse.commands.terminal import plainly, table
+from dit_sparse.commands.terminal import plainly, table, write_json
+from dit_sparse.request import check_json
 
 app = typer.Typer(help="Measure quality.", no_args_is_help=True)
 app.add_typer(vbench.app, name="vbench")
@@ -35,20 +36,14 @@ def fidelity(
     every mean has its bootstrap 95 % interval over the videos, and every further folder its paired difference
     from the first.
     """
-    import json
 
     from dit_sparse.eval.fidelity_files import compare, rows_of
-    from dit_sparse.video import check_writable, staged
 
     with plainly("stopped; nothing was written"):
         if output is not None:
-            if output.suffix.lower() != ".json":
-                raise ValueError(f"--output must end in .json, got {output}")
-            check_writable("--output", output)
+            check_json(output)
         result = compare(reference, outputs, floor=floor, protocol=protocol, with_lpips=lpips)
-        if output is not None:
-            with staged() as stage:
-                stage(output).write_text(json.dumps(result, indent=1) + "\n")
+        write_json(output, result)
         table(*rows_of(result))
         formulas = dict(result["protocol"])
         print(f"protocol {formulas.pop('name')}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +30,7 @@ from dit_sparse.commands.terminal import (
     plainly,
 )
 from dit_sparse.generate import generate as make
-from dit_sparse.request import Request
+from dit_sparse.request import Request, read_prompts
 from dit_sparse.search import calibrate as search
 
 
@@ -101,8 +100,12 @@ def generate(
             raise ValueError("--prompts and --output-dir need each other")
         if output is not None:
             raise ValueError(f"--output {output} is for one prompt: many go to --output-dir")
-        jobs = partial(jobs_of, prompts, seed)
-        generate_many(Request(**{**asked, "output": output_dir}), jobs, output_dir / "manifest.json")
+        file = prompts
+        generate_many(
+            Request(**{**asked, "output": output_dir}),
+            lambda: jobs_of(read_prompts("--prompts", file), seed),
+            output_dir / "manifest.json",
+        )
 
 
 def calibrate(

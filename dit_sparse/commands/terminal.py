@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -66,6 +66,17 @@ def needs(*packages: str) -> None:
     for package in packages:
         if find_spec(package) is None:
             raise ValueError(f"{package} is not installed: pip install 'dit-sparse[eval]'")
+
+
+def write_json(output: Path | None, result: Any) -> None:
+    """Where a file was asked for."""
+    import json
+
+    from dit_sparse.video import staged
+
+    if output is not None:
+        with staged() as stage:
+            stage(output).write_text(json.dumps(result, indent=1) + "\n")
 
 
 _UNFOLDED = {"model": 1, "row": 1, "median (20-80 %)": 1}

@@ -28,8 +28,9 @@ from dit_sparse.commands.terminal import (
     Width,
     plainly,
     table,
+    write_json,
 )
-from dit_sparse.request import Request
+from dit_sparse.request import Request, check_json
 
 app = typer.Typer(
     help="VBench: its videos, the official package in its own environment, and scores without it.",
@@ -150,10 +151,8 @@ def flickering(
     VBench asks it of videos that hold still: motion counts as flicker.
     """
     with plainly("stopped; nothing was written"):
-        import json
-
         from dit_sparse.eval.vbench import flickering as measure
-        from dit_sparse.video import check_writable, staged
+        from dit_sparse.video import check_writable
 
         if output is not None:
             if not output.name.endswith("_eval_results.json"):
@@ -161,9 +160,7 @@ def flickering(
             check_writable("--output", output)
         result = measure(videos)
         mean, found = result["temporal_flickering"]
-        if output is not None:
-            with staged() as stage:
-                stage(output).write_text(json.dumps(result, indent=4) + "\n")
+        write_json(output, result)
         print(f"temporal flickering {mean:.6f}, {len(found)} videos")
 
 
@@ -184,18 +181,11 @@ def score(
     names. A total that lacks a dimension is not given.
     """
     with plainly("stopped; nothing was written"):
-        import json
-
         from dit_sparse.eval.vbench import rows_of
         from dit_sparse.eval.vbench import score as calculate
-        from dit_sparse.video import check_writable, staged
 
         if output is not None:
-            if output.suffix.lower() != ".json":
-                raise ValueError(f"--output must end in .json, got {output}")
-            check_writable("--output", output)
+            check_json(output)
         result = calculate(results, floor=floor, version=version)
-        if output is not None:
-            with staged() as stage:
-                stage(output).write_text(json.dumps(result, indent=1) + "\n")
+        write_json(output, result)
         table(*rows_of(result))

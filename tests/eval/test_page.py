@@ -19,7 +19,7 @@ import torch
 
 from dit_sparse.eval.charts import curves, front, scatter
 from dit_sparse.eval.comparison import Cell, Clip, Comparison, Mask, Row
-from dit_sparse.eval.masks import _png
+from dit_sparse.eval.masks import png_of
 from dit_sparse.eval.page import render
 from dit_sparse.video import write_frames
 
@@ -31,7 +31,7 @@ HOSTILE = (
 )
 LOCAL = re.compile("(file|blob|data):")
 FRAMES, FPS = 24, 8
-PIXEL = _png(torch.zeros(1, 1, dtype=torch.uint8))
+PIXEL = png_of(torch.zeros(1, 1, dtype=torch.uint8))
 
 
 CONTRASTS = r"""() => {
